@@ -1,0 +1,3 @@
+"""LongLive: long, multi-shot video generation, chunk by chunk."""
+
+__version__ = "0.1.0"
