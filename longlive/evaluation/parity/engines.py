@@ -1,0 +1,48 @@
+"""Which of our modules recomputes which mode. A mode that is not here has no engine yet.
+
+An engine module offers `run(entry) -> {name: tensor}` (names without `out/`; exactly the outputs in `entry.wanted`,
+`InputError` for input that we refuse, `NotAvailable` for a variant whose engine comes later) or, for tables,
+`run_case(name, input) -> output`. Its `SETTINGS` (optional) maps the words of a `must_with` rule to a function
+`narrow(output) -> output` that keeps what is compared under that setting; `entry.setting` carries the same words.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+ENGINES = {
+    "ar_loss": "ar_loss",
+    "denoising_steps": "sampler",
+    "dit_bidirectional": "dit",
+    "dit_cached_rollout": "dit",
+    "dit_teacher_forcing": "dit",
+    "keys": "keys",
+    "prompts": "prompts",
+    "sampler": "sampler",
+    "t5": "t5",
+    "vae": "vae",
+}
+
+LATER = {
+    "dit_cached_rollout_kvquant": "the quantised cache comes with the precision issue",
+    "dmd": "distillation comes with the DMD issue",
+    "error_buffer": "the error buffer comes with the issue on AR training at scale",
+    "halo": "the sharded VAE encode comes with the issue on AR training at scale",
+    "lora_merge": "LoRA merge comes with the DMD issue",
+    "nvfp4": "NVFP4 comes with the precision issue",
+}
+
+
+def engine_for(mode: str) -> ModuleType | None:
+    """The module that recomputes `mode`, or None."""
+    name = ENGINES.get(mode)
+    if name is None or importlib.util.find_spec(f"{__package__}.{name}") is None:
+        return None
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def reason_without(mode: str) -> str:
+    """Why `mode` has no engine."""
+    return LATER.get(mode, f"nothing here recomputes mode '{mode}'")
