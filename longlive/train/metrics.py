@@ -1,0 +1,58 @@
+"""metrics.jsonl: one row per step, written in batches so that reading a loss never stalls the device.
+
+Rows are kept as device tensors and read together every few seconds; that is also when a loss that is not a number stops the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from ..core.errors import LongLiveError
+
+
+class Metrics:
+    """Appends rows to `path` (None: only keeps the last ones). `skip_from`: on resuming, rows of that step and later are dropped first."""
+
+    def __init__(self, path: Path | None, resume_step: int | None = None):
+        self.path, self.pending, self.last = path, [], {}
+        if path is not None:
+            kept = []
+            if resume_step is not None and path.exists():
+                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line and json.loads(line)["step"] <= resume_step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def add(self, step: int, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
+        """`tensors`: scalars on the device (read later); `numbers`: known on the host."""
+        self.pending.append((step, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), numbers))
+
+    def flush(self) -> dict[str, float]:
+        """Writes what is pending and returns the means of its losses. Raises LongLiveError when one is not finite."""
+        if not self.pending:
+            return self.last
+        values = torch.stack([row[2] for row in self.pending]).tolist() if len({len(r[1]) for r in self.pending}) == 1 else [r[2].tolist() for r in self.pending]
+        rows = [{"step": step, **dict(zip(names, value)), **numbers} for (step, names, _, numbers), value in zip(self.pending, values)]
+        self.pending = []
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({k: _number(v) for k, v in row.items()}) + "\n" for row in rows)
+        broken = next((row for row in rows if not math.isfinite(row["loss"])), None)
+        if broken:
+            raise LongLiveError(
+                f"the loss of step {broken['step']} is {broken['loss']}: training stopped, the last saved weights are kept; "
+                "use a lower training.lr or a longer training.warmup_steps"
+            )
+        self.last = {k: _mean([row[k] for row in rows if k in row]) for k in rows[-1] if k != "step"}
+        return self.last
+
+
+def _number(value: float) -> float | None:
+    return value if isinstance(value, int) else round(value, 6) if math.isfinite(value) else None
+
+
+def _mean(values: list[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else math.nan

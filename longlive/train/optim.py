@@ -1,0 +1,55 @@
+"""AdamW with warm-up and cosine, and an exponential moving average of the weights: small functions over a module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def adamw(module: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; only matrices and kernels decay (norms, biases and modulation tables do not)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2 and p.shape[0] > 1]
+    kept = {id(p) for p in decayed}
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0}]
+    fused = parameters[0].device.type == "cuda"
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=fused)
+
+
+def learning_rate(step: int, progress: float, *, lr: float, warmup_steps: int, schedule: str) -> float:
+    """Rate of step number `step` (from 0), at `progress` 0..1 through the run: linear warm-up, then constant, or a cosine to 0."""
+    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return lr * warm * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0)) if schedule == "cosine" else 1.0)
+
+
+class EMA:
+    """A float32 copy of a module's parameters that follows them: shadow = d shadow + (1 - d) parameter.
+
+    Before `start_step` it simply equals the parameters. `decay` 0 switches it off: `tensors` is then empty.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, start_step: int = 0):
+        self.decay, self.start_step = decay, start_step
+        self.names = [name for name, _ in module.named_parameters()] if decay else []
+        self.shadow = [p.detach().float().clone() for _, p in module.named_parameters()] if decay else []
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """After optimiser step number `step` (counted from 1)."""
+        if not self.shadow:
+            return
+        current = [p.detach().float() for p in module.parameters()]
+        if step <= self.start_step:
+            torch._foreach_copy_(self.shadow, current)
+        else:
+            torch._foreach_lerp_(self.shadow, current, 1 - self.decay)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.names, self.shadow))
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, shadow in zip(self.names, self.shadow):
+            shadow.copy_(tensors[name])

@@ -1,0 +1,224 @@
+"""The training loop: a clock, a step, a row of metrics, weights written now and then. It knows neither models nor data.
+
+A `Task` brings a module, batches and a loss. Every random draw of step k comes from a generator seeded by (seed, rank, k), so that the data
+position of a run *is* its step number and a resumed run draws what the stopped one would have drawn.
+The clock of `training.max_seconds` starts after `Task.warm_up`: compiling and filling caches is not training.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Protocol
+
+import torch
+from torch import nn
+
+from ..core.errors import Interrupted
+from ..core.log import logger
+from ..parallel.data_parallel import Replicas
+from . import checkpoint
+from .checkpoint import RunState
+from .metrics import Metrics
+from .optim import EMA, adamw, learning_rate
+
+WEIGHTS_EVERY = 60.0
+REPORT_EVERY = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How long and how fast. `max_steps`, `max_seconds` 0: no limit by that measure (one of them must be given)."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    accumulation: int
+    warmup_steps: int
+    schedule: str
+    ema_decay: float
+    ema_start_step: int
+    max_steps: int
+    max_seconds: float
+    checkpoint_every: int
+    keep: int
+    seed: int
+    save: bool = True
+
+    def progress(self, state: RunState) -> float:
+        """0 at the start, 1 at the end, by whichever limit is nearer."""
+        by_step = state.step / self.max_steps if self.max_steps else 0.0
+        by_time = state.elapsed / self.max_seconds if self.max_seconds else 0.0
+        return max(by_step, by_time)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Randomness and place of one micro-step: `generator` on the task's device, `host` on the CPU, `progress` 0..1, `index` of the micro-step."""
+
+    generator: torch.Generator
+    host: torch.Generator
+    progress: float
+    index: int
+
+
+class Task(Protocol):
+    """What is trained. `name` goes into checkpoints."""
+
+    name: str
+    module: nn.Module
+    device: torch.device
+
+    def warm_up(self) -> Iterator[Any]:
+        """Batches, one of every shape that the run will see (most memory first is kind)."""
+
+    def batch(self, draw: Draw) -> Any: ...
+
+    def loss(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and other scalars worth a column; all on the device."""
+
+    def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
+        """Writes weights for use (not for resuming)."""
+
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Last measurements; they are logged and returned by `fit`."""
+
+
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed from integers, the same on every machine (splitmix64 over the parts)."""
+    mask, state = (1 << 64) - 1, 0
+    for part in parts:
+        state = (state + (part & mask) + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+class StopRequest:
+    """While open, SIGTERM and Ctrl-C set `made` instead of killing the step that runs; a second Ctrl-C kills."""
+
+    def __enter__(self) -> "StopRequest":
+        self.made, self.old = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.made and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.made = True
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+class Loop:
+    """One run of one task in `logdir`. `fit` trains to the limit, or raises Interrupted after saving."""
+
+    def __init__(self, task: Task, settings: LoopSettings, logdir: Path, *, config: dict, replicas: Replicas, auto_resume: bool = True):
+        self.task, self.settings, self.logdir, self.config, self.replicas = task, settings, logdir, config, replicas
+        self.optimizer = adamw(task.module, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+        self.ema = EMA(task.module, settings.ema_decay, settings.ema_start_step)
+        self.writes = replicas.rank == 0
+        self.state = RunState()
+        found = checkpoint.folders(logdir) if auto_resume else []
+        if found:
+            self.state = checkpoint.resume(found[-1], task.module, self.optimizer, self.ema, trainer=task.name)
+            logger.info("resumed from %s at step %d", found[-1], self.state.step)
+        self.metrics = Metrics(logdir / "metrics.jsonl" if self.writes else None, self.state.step if found else None)
+
+    def fit(self) -> dict[str, float]:
+        """Trains, writes weights and measurements, returns the latter."""
+        with StopRequest() as stop:
+            self._warm_up()
+            start = time.perf_counter() - self.state.elapsed
+            saved = reported = time.perf_counter()
+            while self.settings.progress(self.state) < 1:
+                self._step()
+                elapsed, asked = self.replicas.maximum(time.perf_counter() - start, float(stop.made))
+                self.state = RunState(self.state.step, elapsed)
+                now = time.perf_counter()
+                if now - reported > REPORT_EVERY:
+                    reported = now
+                    self._report()
+                if self.settings.checkpoint_every and self.state.step % self.settings.checkpoint_every == 0:
+                    self._save()
+                if asked:
+                    self._stop()
+                if now - saved > WEIGHTS_EVERY:
+                    saved = now
+                    self._export()
+        self._report()
+        self._export()
+        self._save()
+        results = self.task.finish(self.logdir) if self.writes else {}
+        self.replicas.maximum(0.0)
+        return results
+
+    def _warm_up(self) -> None:
+        start = time.perf_counter()
+        for count, batch in enumerate(self.task.warm_up()):
+            loss, _ = self.task.loss(batch)
+            loss.backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            logger.info("warm-up %d: loss %.4f, %.1f s", count + 1, float(loss), time.perf_counter() - start)
+        self.replicas.maximum(0.0)
+
+    def _draw(self, micro: int) -> Draw:
+        parts = (self.settings.seed, self.replicas.rank, self.state.step, micro)
+        generator = torch.Generator(self.task.device).manual_seed(seed_of(*parts, 0))
+        host = torch.Generator().manual_seed(seed_of(*parts, 1))
+        return Draw(generator, host, self.settings.progress(self.state), self.state.step * self.settings.accumulation + micro)
+
+    def _step(self) -> None:
+        began, settings = time.perf_counter(), self.settings
+        progress = settings.progress(self.state)
+        rate = learning_rate(self.state.step, progress, lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total, columns = 0.0, {}
+        for micro in range(settings.accumulation):
+            loss, columns = self.task.loss(self.task.batch(self._draw(micro)))
+            (loss / settings.accumulation).backward()
+            total = total + loss.detach() / settings.accumulation
+        self.replicas.average_gradients(self.task.module)
+        norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state = RunState(self.state.step + 1, self.state.elapsed)
+        self.ema.update(self.task.module, self.state.step)
+        numbers = {"lr": rate, "seconds": self.state.elapsed, "ms": 1000 * (time.perf_counter() - began)}
+        self.metrics.add(self.state.step, {"loss": total, "grad_norm": norm, **columns}, numbers)
+
+    def _report(self) -> None:
+        count = len(self.metrics.pending)
+        seconds = self.state.elapsed - self.metrics.pending[0][3]["seconds"] if count else 0.0
+        row, settings = self.metrics.flush(), self.settings
+        left = self.state.elapsed * (1 / max(settings.progress(self.state), 1e-9) - 1)
+        columns = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("seconds", "ms", "lr", "loss"))
+        logger.info(
+            "step %d  loss %.4f  lr %.2e  %.1f ms/step  %.0f s left  (%s)",
+            self.state.step, row.get("loss", float("nan")), row.get("lr", 0.0), 1000 * seconds / max(count, 1), max(left, 0.0), columns,
+        )  # fmt: skip
+
+    def _export(self) -> None:
+        if self.writes:
+            self.task.export(self.logdir, self.state.step, self.ema.tensors())
+
+    def _save(self) -> None:
+        self.metrics.flush()
+        if self.writes and self.settings.save:
+            s = self.settings
+            checkpoint.save(self.logdir, self.state, self.task.module, self.optimizer, self.ema, trainer=self.task.name, config=self.config, keep=s.keep)
+
+    def _stop(self) -> None:
+        self._report()
+        self._export()
+        self._save()
+        raise Interrupted(f"stopped at step {self.state.step}; weights{' and state' if self.settings.save else ''} are in {self.logdir}")

@@ -1,0 +1,133 @@
+"""The VAE trainer: crops and clips of the procedural world in, a `WanVAE` and its latent statistics out.
+
+The run is a list of stages (crop size, frames, batch, part of the run). Crops on characters come first, whole frames later, long clips last:
+small things are learned where they are large in the batch, and drift over a stream only shows in streams.
+
+Legend: B batch, T pixel frames, F latent frames, C latent channels, K statistics rows, N stories, P frame parameters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from torch import nn
+
+from ..config.root import Config
+from ..core.geometry import Geometry
+from ..core.log import logger
+from ..models.shipped import save_codec
+from ..models.spec import VAEDims
+from ..models.wan_vae import WanVAE
+from ..models.weights import load_into
+from ..parallel.data_parallel import Replicas
+from .trainer import Draw, seed_of
+from .vae_objective import VAELossWeights, kl_mean, reconstruction_loss, sample_posterior
+from .vae_report import fidelity, latent_statistics
+from .world_windows import Pixels, Stage, WindowPool, story_parameters
+
+FULL_POOL_FRAMES = 4096
+FIRST_LOGVAR = -6.0
+HELD_OUT_CLIPS, HELD_OUT_CHUNKS = 16, 4
+STATISTICS_CLIPS = 96
+
+
+def initial_vae(dims: VAEDims, seed: int) -> WanVAE:
+    """A fresh VAE whose posterior starts narrow: at log-variance 0 the noise would drown the mean for a long time."""
+    torch.manual_seed(seed)
+    vae = WanVAE(dims)
+    with torch.no_grad():
+        vae.conv1.weight[dims.z_dim :].mul_(0.1)
+        vae.conv1.bias[dims.z_dim :].fill_(FIRST_LOGVAR)
+    return vae
+
+
+class VAETask:
+    """Trains a WanVAE on rendered stories. Satisfies `trainer.Task`."""
+
+    name = "vae"
+
+    def __init__(self, config: Config, device: torch.device, replicas: Replicas):
+        settings, world = config.vae, config.world
+        latent = config.data.image_or_video_shape
+        self.geometry = Geometry.of_latent(latent[3], latent[4])
+        self.device, self.seed = device, config.logging.seed
+        self.dims = VAEDims(encoder_base=settings.encoder_base, decoder_base=settings.decoder_base)
+        self.weights = VAELossWeights(mse=settings.mse_weight, edge=settings.edge_weight, kl=settings.kl_weight, mask=settings.mask_weight)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.infra.mixed_precision and device.type == "cuda")
+        vae = initial_vae(self.dims, self.seed)
+        if config.checkpoints.vae_ckpt is not None:
+            load_into(vae, config.checkpoints.vae_ckpt)
+        self.module: nn.Module = vae.to(device)
+        if device.type == "cuda":
+            self.module.to(memory_format=torch.channels_last_3d)
+        self.stages = [Stage(**stage.model_dump()) for stage in settings.stages] or [
+            Stage(height=self.geometry.height, width=self.geometry.width, frames=17, batch=config.training.batch_size, fraction=1.0, character_crops=0.0)
+        ]
+        self.stories = {"chunks": world.chunks, "shots": (world.min_shots, world.max_shots), "characters": (1, world.max_characters)}
+        first = seed_of(world.seed, replicas.rank) % (1 << 40)
+        self.params_NTP = story_parameters(range(first, first + world.clips), split=world.split, **self.stories).to(device)
+        self.pools = [self._pool(stage, number, replicas.rank) for number, stage in enumerate(self.stages)]
+
+    def _pool(self, stage: Stage, number: int, rank: int) -> WindowPool:
+        capacity = max(stage.batch, min(FULL_POOL_FRAMES // stage.frames, 16 * stage.batch))
+        fresh = max(1, stage.batch // 4)
+        seed = seed_of(self.seed, number, rank)
+        return WindowPool(self.params_NTP, stage, height=self.geometry.height, width=self.geometry.width, seed=seed, capacity=capacity, fresh=fresh)
+
+    def _stage(self, progress: float) -> int:
+        end = 0.0
+        for number, stage in enumerate(self.stages):
+            end += stage.fraction
+            if progress < end:
+                return number
+        return len(self.stages) - 1
+
+    def warm_up(self) -> Iterator[tuple[Pixels, torch.Generator]]:
+        """One batch of every stage, the longest clips first."""
+        for number in reversed(range(len(self.stages))):
+            draw = Draw(torch.Generator(self.device).manual_seed(0), torch.Generator().manual_seed(0), 0.0, 0)
+            self.pools[number].at(0)
+            yield self.pools[number].batch(draw), draw.generator
+
+    def batch(self, draw: Draw) -> tuple[Pixels, torch.Generator]:
+        pool = self.pools[self._stage(draw.progress)]
+        pool.at(draw.index)
+        return pool.batch(draw), draw.generator
+
+    def loss(self, batch: tuple[Pixels, torch.Generator]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        pixels, generator = batch
+        video = pixels.video.float()
+        if self.device.type == "cuda":
+            video = video.contiguous(memory_format=torch.channels_last_3d)
+        with self.autocast:
+            mu, logvar, _ = self.module.encode(video)
+            output, _ = self.module.decode(sample_posterior(mu, logvar, generator))
+        kl = kl_mean(mu, logvar)
+        loss = reconstruction_loss(output, video, pixels.mask, self.weights) + self.weights.kl * kl
+        with torch.no_grad():
+            mse = (output.float() - video).square().mean()
+        return loss, {"psnr": 10 * torch.log10(4 / mse), "kl": kl.detach()}
+
+    def _clips(self, split: str, count: int, chunks: int) -> Iterator[torch.Tensor]:
+        """Frame parameters [1, T, P] of clips that no training step sees."""
+        shape = self.stories | {"chunks": chunks}
+        for number in range(count):
+            yield story_parameters([seed_of(self.seed, 1 << 20, number) % (1 << 40)], split=split, **shape).to(self.device)
+
+    @torch.no_grad()
+    def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor], statistics_clips: int = 12) -> None:
+        with self.autocast:
+            mean_KC, std_KC = latent_statistics(self.module, self._clips("train", statistics_clips, HELD_OUT_CHUNKS), self.geometry)
+        save_codec(folder / "vae.safetensors", self.module, mean_KC, std_KC, metadata={"step": str(step), "seed": str(self.seed)})
+
+    @torch.no_grad()
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Final statistics over many clips, and fidelity on held-out multi-shot clips of 125 frames."""
+        self.export(folder, -1, {}, STATISTICS_CLIPS)
+        with self.autocast:
+            whole, inside, late = fidelity(self.module, self._clips("held-out", HELD_OUT_CLIPS, HELD_OUT_CHUNKS), self.geometry)
+        results = {"psnr": whole, "psnr_characters": inside, "psnr_last_frames": late, "clips": HELD_OUT_CLIPS}
+        logger.info("held-out: %s", ", ".join(f"{k} {v:.2f}" for k, v in results.items()))
+        return results
