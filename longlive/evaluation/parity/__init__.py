@@ -13,6 +13,6 @@ named in `engines.py`. An engine is a module beside this one with `run(entry)` f
 """
 
 from .entries import Case, Entry, read_folder
-from .harness import Result, check_folder, summary
+from .harness import Result, check_entry, check_folder, summary
 
-__all__ = ["Case", "Entry", "Result", "check_folder", "read_folder", "summary"]
+__all__ = ["Case", "Entry", "Result", "check_entry", "check_folder", "read_folder", "summary"]

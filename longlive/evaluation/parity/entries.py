@@ -25,6 +25,7 @@ class Entry:
     config    what is needed to set the computation up
     inputs    the `in/...` tensors, by name without `in/`
     outputs   the `out/...` tensors, by name without `out/` (for the judge, not for engines)
+    weights   role -> state dict in float32; empty before `with_weights`
     wanted    the outputs an engine is asked for
     setting   the words of a `must_with` rule, or None
     """
@@ -38,6 +39,7 @@ class Entry:
     weight_files: dict[str, str]
     inputs: dict[str, torch.Tensor] = field(repr=False)
     outputs: dict[str, torch.Tensor] = field(repr=False)
+    weights: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     wanted: tuple[str, ...] = ()
     setting: str | None = None
 
@@ -45,10 +47,9 @@ class Entry:
         """The same entry with other outputs asked for."""
         return replace(self, wanted=tuple(wanted), setting=setting)
 
-    @property
-    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Role -> state dict, cast to float32. Raises InputError when a weight file is missing or unreadable."""
-        return {role: _weights(self.folder / name) for role, name in self.weight_files.items()}
+    def with_weights(self) -> Entry:
+        """The same entry with its state dicts read, cast to float32. Raises InputError for a missing or unreadable file."""
+        return replace(self, weights={role: _weights(self.folder / name) for role, name in self.weight_files.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def check_folder(folder: Path, required: Sequence[str] = ()) -> Iterator[Result]
     with_engine = set()
     pending: list[tuple[Entry | Case, Result]] = []
     for entry in entries:
-        result = _check(entry, rules)
+        result = check_entry(entry, rules)
         if result.status != NO_ENGINE:
             with_engine.add(entry.file)
             yield result
@@ -68,6 +68,31 @@ def check_folder(folder: Path, required: Sequence[str] = ()) -> Iterator[Result]
     for entry, result in pending:
         globs = [g for g in required if _matches(entry, g) and (TABLE_SEPARATOR in g or entry.file not in with_engine)]
         yield replace(result, status=FAILED, notes=(*result.notes, f"required by {globs[0]}")) if globs else result
+
+
+def check_entry(entry: Entry | Case, rules: list[Rule]) -> Result:
+    """Recompute one entry and judge it under `rules`. A broken engine is a failed entry, not an exception."""
+    kept, left_out = _sort_by_rule(entry, rules)
+    base = Result(name=entry.name, mode=entry.mode, status=LEFT_OUT, left_out=left_out)
+    if not kept:
+        return base
+    engine = engine_for(entry.mode)
+    if engine is None:
+        return replace(base, status=NO_ENGINE, notes=(reason_without(entry.mode),))
+    torch.manual_seed(0)
+    try:
+        entry = entry.with_weights() if isinstance(entry, Entry) else entry
+    except InputError as error:
+        return replace(base, status=FAILED, notes=(str(error),))
+    try:
+        found = [pair for rule, names in kept.items() for pair in _judge(entry, engine, rule, names)]
+    except NotAvailable as error:
+        return replace(base, status=NO_ENGINE, notes=(str(error),))
+    worst = max(found, key=lambda pair: pair[1].share)[1]
+    wrong = tuple(f"{name}: {d.note or f'error {d.error:.3g} is {d.share:.3g} times the tolerance'}" for name, d in found if not d.ok)
+    tolerance = _tolerance_words(entry, [name for name, _ in found])
+    status = FAILED if wrong else PASSED
+    return replace(base, status=status, error=worst.error, share=worst.share, tolerance=tolerance, compared=len(found), notes=wrong)
 
 
 def summary(results: Sequence[Result]) -> dict[str, int]:
@@ -79,26 +104,6 @@ def _matches(entry: Entry | Case, glob: str) -> bool:
     if TABLE_SEPARATOR in glob:
         return fnmatchcase(entry.name, glob)
     return fnmatchcase(entry.file, glob) or fnmatchcase(entry.file.rsplit(".", 1)[0], glob)
-
-
-def _check(entry: Entry | Case, rules: list[Rule]) -> Result:
-    kept, left_out = _sort_by_rule(entry, rules)
-    base = Result(name=entry.name, mode=entry.mode, status=LEFT_OUT, left_out=left_out)
-    if not kept:
-        return base
-    engine = engine_for(entry.mode)
-    if engine is None:
-        return replace(base, status=NO_ENGINE, notes=(reason_without(entry.mode),))
-    torch.manual_seed(0)
-    try:
-        found = [pair for rule, names in kept.items() for pair in _judge(entry, engine, rule, names)]
-    except NotAvailable as error:
-        return replace(base, status=NO_ENGINE, notes=(str(error),))
-    worst = max(found, key=lambda pair: pair[1].share)[1]
-    wrong = tuple(f"{name}: {d.note or f'error {d.error:.3g} is {d.share:.3g} times the tolerance'}" for name, d in found if not d.ok)
-    tolerance = _tolerance_words(entry, [name for name, _ in found])
-    status = FAILED if wrong else PASSED
-    return replace(base, status=status, error=worst.error, share=worst.share, tolerance=tolerance, compared=len(found), notes=wrong)
 
 
 def _sort_by_rule(entry: Entry | Case, rules: list[Rule]) -> tuple[dict[Rule, list[str]], dict[str, str]]:
