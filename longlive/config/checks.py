@@ -1,0 +1,108 @@
+"""Rules that tie keys together, checked before any weight is read. Each message prints the equation and the remedy."""
+
+from __future__ import annotations
+
+from ..core.errors import ConfigError, InputError
+from ..core.geometry import Geometry
+from ..core.log import environment
+from .root import Config
+
+
+def check(config: Config, label: str) -> None:
+    """Raises ConfigError (prefixed by `label`) for the first rule that `config` breaks."""
+    for rule in (_chunks, _window, _shape, _precision, _image, _ranks, _training):
+        problem = rule(config)
+        if problem:
+            raise ConfigError(f"{label}: {problem}")
+
+
+def _chunks(c: Config) -> str | None:
+    n = c.chunk_frames
+    shape = c.data.image_or_video_shape[1]
+    counts = c.evaluation.num_frames if isinstance(c.evaluation.num_frames, tuple) else (c.evaluation.num_frames,)
+    named = [("num_output_frames", c.num_output_frames), *(("evaluation.num_frames", f) for f in counts)]
+    if c.algorithm.trainer in ("diffusion", "score_distillation"):
+        named.append(("data.image_or_video_shape[1]", shape))
+    for name, frames in named:
+        if frames < 0 or frames % n:
+            return f"{name}({frames}) % num_frame_per_block({n}) = {frames % n}, not 0: a film is whole chunks; use {max(1, round(frames / n)) * n}"
+    return None
+
+
+def _window(c: Config) -> str | None:
+    n, steps = c.chunk_frames, (("inference", c.inference.sink_size, c.inference.local_attn_size),)
+    for section, sink, window in (("model_kwargs", c.model_kwargs.sink_size, c.model_kwargs.local_attn_size), *steps):
+        if sink not in (0, n):
+            return f"{section}.sink_size({sink}) is neither 0 nor num_frame_per_block({n}): sinks are kept as whole chunks; use 0 or {n}"
+        if window == -1:
+            continue
+        if window < n or window % n:
+            return f"{section}.local_attn_size({window}) % num_frame_per_block({n}) = {window % n}, not 0: the window is whole chunks; use {max(1, round(window / n)) * n}"
+        least = n * (1 + (sink > 0) + (sink > 0 and c.inference.multi_shot_sink))
+        if window < least:
+            return f"{section}.local_attn_size({window}) < {least} = {least // n} chunks of {n}: the sinks leave no room for the current chunk; use {least}"
+    return None
+
+
+def _shape(c: Config) -> str | None:
+    batch, frames, channels, height, width = c.data.image_or_video_shape
+    if channels != 48 or frames < 1 or batch < 1:
+        return f"data.image_or_video_shape = {list(c.data.image_or_video_shape)}: [B, F, C, H, W] with C = 48 and B, F >= 1"
+    try:
+        Geometry.of_latent(height, width)
+    except InputError as error:
+        return f"data.image_or_video_shape H, W = {height}, {width} latents = {height * 16} x {width * 16} pixels: {error}"
+    return None
+
+
+def _precision(c: Config) -> str | None:
+    if c.fp8_quant and c.infra.model_quant:
+        return "fp8_quant(true) and model_quant(true) exclude each other: weights have one precision; set one of them to false"
+    if c.checkpoints.lora_ckpt and c.adapter is None:
+        return f"checkpoints.lora_ckpt = {c.checkpoints.lora_ckpt!r} without an adapter section: nothing would apply it; add `adapter: {{rank: 128}}` or remove lora_ckpt"
+    if c.merge_lora and c.adapter is None:
+        return "merge_lora(true) without an adapter section: there is nothing to merge; remove merge_lora or add the adapter"
+    if c.inference.kv_quant and c.inference.use_relative_rope:
+        return "inference.kv_quant(true) and inference.use_relative_rope(true) exclude each other: the quantised cache holds rotated keys; turn one off"
+    return None
+
+
+def _image(c: Config) -> str | None:
+    if c.algorithm.independent_first_frame != c.algorithm.i2v:
+        return (
+            f"i2v({c.algorithm.i2v}) != independent_first_frame({c.algorithm.independent_first_frame}): "
+            "the first frame stands apart exactly when it is given; set both or neither"
+        )
+    return None
+
+
+def _ranks(c: Config) -> str | None:
+    if c.sp_size not in (1, 2, 4, 8):
+        return f"sp_size({c.sp_size}) is none of 1, 2, 4, 8"
+    for name, count in (("model_num_heads", c.model_num_heads), ("num_frame_per_block", c.chunk_frames)):
+        if c.sp_size > 1 and count % c.sp_size:
+            return f"{name}({count}) % sp_size({c.sp_size}) = {count % c.sp_size}, not 0: every rank takes equal parts; use another sp_size"
+    world = environment("WORLD_SIZE")
+    asked = c.sp_size * c.dp_size
+    if world is not None and asked > 1 and not c.auto_sp_remainder and asked != int(world):
+        return f"sp_size({c.sp_size}) x dp_size({c.dp_size}) = {asked} != WORLD_SIZE({world}); launch {asked} processes or change the sizes"
+    p = c.infra.sequence_parallel_size
+    if world is not None and p > 1 and int(world) % p:
+        return f"WORLD_SIZE({world}) % infra.sequence_parallel_size({p}) = {int(world) % p}, not 0; launch a multiple of {p} processes"
+    return None
+
+
+def _training(c: Config) -> str | None:
+    p, n, frames = c.infra.sequence_parallel_size, c.chunk_frames, c.data.image_or_video_shape[1]
+    if p > 1 and frames % (p * n):
+        return f"image_or_video_shape[1]({frames}) % (sequence_parallel_size({p}) x num_frame_per_block({n})) = {frames % (p * n)}, not 0: every rank owns whole chunks"
+    if p > 1 and c.model_num_heads % p:
+        return f"model_num_heads({c.model_num_heads}) % sequence_parallel_size({p}) = {c.model_num_heads % p}, not 0: every rank takes equal heads"
+    t = c.training
+    if c.algorithm.trainer == "score_distillation" and not t.min_num_training_frames <= t.num_training_frames:
+        return f"min_num_training_frames({t.min_num_training_frames}) > num_training_frames({t.num_training_frames}); swap them"
+    if c.world.min_shots > c.world.max_shots:
+        return f"world.min_shots({c.world.min_shots}) > world.max_shots({c.world.max_shots}); swap them"
+    if c.data.min_latent_frames % n:
+        return f"data.min_latent_frames({c.data.min_latent_frames}) % num_frame_per_block({n}) = {c.data.min_latent_frames % n}, not 0"
+    return None
