@@ -1,0 +1,93 @@
+"""Video clips as the model sees them: 24 frames a second, exactly the film's size, in [-1, 1].
+
+Frames are picked by time (frame i of the film is source frame round(i * source_fps / 24)), stretched like images are.
+Legend: C channels (RGB), T frames, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..core.errors import InputError
+from ..core.geometry import FPS, Geometry
+from .images import is_image, load_image, one_line, to_pixels
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """`frames` in the file and how many of them are shown in a second."""
+
+    frames: int
+    fps: float
+
+
+def is_video(path: Path) -> bool:
+    """Whether the file name says that this is a video, in either letter case."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _open(path: str | Path):
+    import av
+
+    try:
+        container = av.open(str(path))
+    except FileNotFoundError:
+        raise InputError(f"video {path} does not exist; give the path of a {'/'.join(s[1:] for s in VIDEO_SUFFIXES)} file") from None
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable video ({one_line(error)}); give a mp4, mov, mkv, webm or avi file") from None
+    if not container.streams.video:
+        container.close()
+        raise InputError(f"{path} holds no video stream; give a file with pictures")
+    return container
+
+
+def probe(path: str | Path) -> ClipInfo:
+    """Frame count and rate of a clip. Counts packets where the container does not tell. Raises InputError."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or stream.guessed_rate or FPS)
+        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+    if frames < 1:
+        raise InputError(f"video {path} has no frames; give a clip with at least one")
+    return ClipInfo(frames, fps)
+
+
+def decode_frames(path: str | Path) -> Iterator:
+    """Every frame of the clip as an RGB PIL image, in order. Raises InputError on a damaged file."""
+    import av
+
+    with _open(path) as container:
+        try:
+            for frame in container.decode(video=0):
+                yield frame.to_image()
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise InputError(f"video {path} is damaged ({one_line(error)}); give a file that plays to its end") from None
+
+
+def first_frame(path: str | Path, geometry: Geometry) -> torch.Tensor:
+    """First frame of an image or of a clip: float32 [3, height, width] in [-1, 1]."""
+    if is_image(Path(path)) or not is_video(Path(path)):
+        return load_image(path, geometry)
+    for image in decode_frames(path):
+        return to_pixels(image, geometry)
+    raise InputError(f"video {path} has no frames; give a clip with at least one")
+
+
+def load_clip(path: str | Path, geometry: Geometry, max_frames: int | None = None) -> torch.Tensor:
+    """The clip at 24 fps: float32 [3, T, height, width] in [-1, 1], at most `max_frames` frames. Memory is bounded by T."""
+    info, pixels, source = probe(path), [], 0
+    for index, image in enumerate(decode_frames(path)):
+        while source <= index and (max_frames is None or len(pixels) < max_frames):
+            pixels.append(to_pixels(image, geometry))
+            source = round(len(pixels) * info.fps / FPS)
+        if max_frames is not None and len(pixels) >= max_frames:
+            break
+    if not pixels:
+        raise InputError(f"video {path} has no frames; give a clip with at least one")
+    return torch.stack(pixels, dim=1)
