@@ -18,7 +18,7 @@ import typer
 from .. import __version__
 from ..core.errors import InputError, LongLiveError
 
-GROUPS = ("config", "later")
+GROUPS = ("config", "parity", "later")
 
 # typer carries its own copy of click in some versions; its public exceptions lead to the right base class in all of them
 _ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -76,7 +76,8 @@ def run(command: typer.Typer, args: list[str] | None = None) -> int:
         return 130
     except _ClickException as error:
         message = error.format_message()
-        typer.echo(message if "\n" in message else f"error: {message.rstrip('.')}; see --help", err=True)
+        if message:  # without one, click has printed the help page
+            typer.echo(f"error: {message.rstrip('.')}; see --help", err=True)
         return 2
 
 
