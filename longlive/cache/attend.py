@@ -1,0 +1,265 @@
+"""Attention strategies: what a layer's queries read, decided outside the transformer.
+
+Every strategy receives normalised, unrotated q, k, v of all tokens and owns the rotation. `Full`: everything sees everything.
+`TeacherForced`: the training sequence, as dense unmasked calls per chunk. `Cached`: one chunk of a rollout against stored pages.
+Training and rollout read the same keys at the same positions, so that they agree to rounding.
+
+Legend: B batch, N queries, M keys, H heads, d head features, F frames, C chunks, P visible chunks, L tokens of a chunk,
+K noisy copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..core.errors import InputError
+from ..core.tokens import Tokens
+from ..ops.attention import attention
+from ..ops.rope import apply_rope, rope_tables
+from .pages import Pages
+from .policy import Window
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+class Full:
+    """Every token sees every token: the bidirectional model, or a sequence of one chunk."""
+
+    def __init__(self, tokens: Tokens, head_dim: int, *, t_scale: float = 1.0):
+        self.rope = rope_tables(tokens, head_dim, t_scale=t_scale)
+
+    def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
+        return None if q is None else attention(apply_rope(q, *self.rope), apply_rope(k, *self.rope), v)
+
+
+@dataclass(frozen=True)
+class ChunkRead:
+    """What the tokens [start, stop) of a chunk read besides themselves.
+
+    rows     int64 [B * m], rows of the clean chunks viewed as [B * C, L, ...], m a sample; None: all clean tokens before `start`
+    bias     bool [B, 1, 1, M], False on keys of absent chunks; None: all are there
+    keys, queries   rotation tables of [read chunks, own] and of own in relative mode, else None
+    """
+
+    start: int
+    stop: int
+    rows: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    keys: Tables | None = None
+    queries: Tables | None = None
+
+
+class TeacherForced:
+    """The training sequence [clean film; noisy copy; noisy copy; ...] with any number K >= 0 of noisy copies.
+
+    A clean chunk sees clean chunks up to itself; a noisy chunk sees the clean chunks before it and itself (spec training §3.2).
+    `visible_BCP` int64 (-1 = none; order is free in absolute mode, oldest first in relative mode; the own chunk is ignored) narrows
+    "before it" to the pages that a rollout would have (`cache.policy.visible_tensor`); `committed_BCP` does so for the clean copy
+    where a recache makes the two differ. `relative`: positions count from the oldest visible chunk, as in relative rollouts.
+    The layout (`chunk_F`, `noisy_F`, `visible_BCP`) is read on the host, once, here: best kept on the CPU.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        head_dim: int,
+        visible_BCP: torch.Tensor | None = None,
+        *,
+        committed_BCP: torch.Tensor | None = None,
+        t_scale: float = 1.0,
+        relative: bool = False,
+    ):
+        self.frames = film_frames(tokens)
+        self.noisy_copies = tokens.frames // len(self.frames) - 1
+        self.rope = None if relative else rope_tables(tokens, head_dim, t_scale=t_scale)
+        bounds = _bounds(self.frames, tokens.frame_tokens)
+        plan = _Plan(tokens, head_dim, t_scale, relative, bounds, tokens.position_BF.device)
+        self.noisy = plan.reads(visible_BCP)
+        self.clean = self.noisy if committed_BCP is None else plan.reads(committed_BCP)
+        self.chunks = len(bounds)
+
+    def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
+        if q is None:
+            return None
+        if self.rope is not None:
+            q, k = apply_rope(q, *self.rope), apply_rope(k, *self.rope)
+        split = q.shape[1] // (self.noisy_copies + 1)
+        past = (k[:, :split], v[:, :split])
+        out = [self._copies(self.clean, (q[:, :split], *past), past, 1)]
+        if self.noisy_copies:
+            out.append(self._copies(self.noisy, (q[:, split:], k[:, split:], v[:, split:]), past, self.noisy_copies))
+        return torch.cat(out, dim=1)
+
+    def _copies(self, reads: list[ChunkRead], qkv: tuple[torch.Tensor, ...], past: tuple[torch.Tensor, ...], copies: int) -> torch.Tensor:
+        """Attention of `copies` copies of the film, each over the clean `past` and itself, the copies side by side in the batch."""
+        q, k, v = (t.unflatten(1, (copies, -1)) for t in qkv)
+        out = []
+        for read in reads:
+            own = [t[:, :, read.start : read.stop] for t in (q, k, v)]
+            if copies == 1 and read.rows is None:
+                keys, values = (t[:, : read.stop] for t in past)
+            else:
+                keys, values = (self._join(read, t, o) for t, o in zip(past, own[1:]))
+            queries, bias = own[0].flatten(0, 1), read.bias
+            if read.keys is not None:
+                queries, keys = _rotate(queries, read.queries, copies), _rotate(keys, read.keys, copies)
+            if bias is not None:
+                bias = bias.repeat_interleave(copies, 0)
+            out.append(attention(queries, keys, values, bias).unflatten(0, (-1, copies)))
+        return torch.cat(out, dim=2).flatten(1, 2)
+
+    def _join(self, read: ChunkRead, past_BNHd: torch.Tensor, own_BKLHd: torch.Tensor) -> torch.Tensor:
+        """[B * K, M + L, H, d]: the chunks that are read, then the copy's own."""
+        batch, copies = own_BKLHd.shape[:2]
+        if read.rows is None:
+            chosen = past_BNHd[:, : read.start]
+        else:
+            chunks = past_BNHd.unflatten(1, (self.chunks, -1)).flatten(0, 1)
+            chosen = chunks.index_select(0, read.rows).unflatten(0, (batch, -1)).flatten(1, 2)
+        return torch.cat((chosen.unsqueeze(1).expand(-1, copies, -1, -1, -1), own_BKLHd), dim=2).flatten(0, 1)
+
+
+def film_frames(tokens: Tokens) -> list[int]:
+    """Chunk of each frame of the clean film at the head of a training sequence. Raises InputError for any other layout."""
+    chunk, noisy = tokens.chunk_F.tolist(), tokens.noisy_F.tolist()
+    restart = next((i for i in range(1, len(chunk)) if chunk[i] < chunk[i - 1] or noisy[i] != noisy[i - 1]), len(chunk))
+    copies = len(chunk) // restart
+    if chunk != chunk[:restart] * copies or noisy != [i >= restart for i in range(len(chunk))]:
+        raise InputError(
+            f"a training sequence is [clean film; noisy copy; ...] with the same chunks in each copy; got chunks {chunk}, noisy {noisy}"
+        )
+    return chunk[:restart]
+
+
+def _bounds(chunk_F: list[int], frame_tokens: int) -> list[tuple[int, int]]:
+    """Token range [start, stop) of every chunk."""
+    starts = [i for i in range(len(chunk_F)) if i == 0 or chunk_F[i] != chunk_F[i - 1]] + [len(chunk_F)]
+    return [(a * frame_tokens, b * frame_tokens) for a, b in zip(starts, starts[1:])]
+
+
+def _rotate(x: torch.Tensor, tables: Tables, copies: int) -> torch.Tensor:
+    """apply_rope with the tables' rows repeated for copies that lie side by side in the batch."""
+    cos, sin = (t if t.shape[0] == 1 else t.repeat_interleave(copies, 0) for t in tables)
+    return apply_rope(x, cos, sin)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Turns visibility into ChunkReads."""
+
+    tokens: Tokens
+    head_dim: int
+    t_scale: float
+    relative: bool
+    bounds: list[tuple[int, int]]
+    device: torch.device
+
+    def reads(self, visible_BCP: torch.Tensor | None) -> list[ChunkRead]:
+        if visible_BCP is None:
+            return [self._everything(start, stop) for start, stop in self.bounds]
+        if len({stop - start for start, stop in self.bounds}) > 1:
+            raise InputError(f"a window of chunks needs chunks of one size; got token ranges {self.bounds}")
+        lists = [[[c for c in row if c >= 0] for row in sample] for sample in visible_BCP.tolist()]
+        return [self._chosen(i, [[c for c in sample[i] if c != i] for sample in lists]) for i in range(len(self.bounds))]
+
+    def _everything(self, start: int, stop: int) -> ChunkRead:
+        read = ChunkRead(start, stop)
+        if not self.relative:
+            return read
+        tables = self._tables(torch.arange(stop // self.tokens.frame_tokens)[None])
+        return replace(read, keys=tables, queries=tuple(t[:, start:] for t in tables))
+
+    def _chosen(self, chunk: int, visible: list[list[int]]) -> ChunkRead:
+        """`visible[b]`: the earlier chunks that `chunk` of sample b reads."""
+        start, stop = self.bounds[chunk]
+        size, count = stop - start, max(map(len, visible))
+        padded = [v + [-1] * (count - len(v)) for v in visible]
+        rows = torch.tensor([[b * len(self.bounds) + max(c, 0) for c in v] for b, v in enumerate(padded)], dtype=torch.int64)
+        read = ChunkRead(start, stop, rows.flatten().to(self.device))
+        if any(-1 in v for v in padded):
+            there = torch.tensor([[c >= 0 for c in v] + [True] for v in padded])
+            read = replace(read, bias=there.repeat_interleave(size, 1)[:, None, None].to(self.device))
+        if self.relative:
+            ranks = torch.tensor([[*range(count), len(v)] for v in visible])
+            frames = size // self.tokens.frame_tokens
+            tables = self._tables((ranks[:, :, None] * frames + torch.arange(frames)).flatten(1))
+            read = replace(read, keys=tables, queries=tuple(t[:, -size:] for t in tables))
+        return read
+
+    def _tables(self, position_BF: torch.Tensor) -> Tables:
+        position_BF = position_BF.to(self.device, torch.float64)
+        return rope_tables(self.tokens, self.head_dim, t_scale=self.t_scale, position_BF=position_BF)
+
+
+class Cached:
+    """One chunk of a rollout: its keys and values go to their slot, its queries read all filled slots.
+
+    With gradients off the slots are written in place, so that every step and the commit overwrite the chunk's own slot, and reading
+    is a view. With gradients on nothing is written: the other slots are copied once, constant and safe from later steps, and the own
+    keys and values stay in the graph; recomputation reads the same copies.
+    Absolute mode stores rotated keys. `relative` stores them unrotated and rotates the window at positions 0, 1, ... oldest first.
+    """
+
+    def __init__(
+        self, pages: Pages, windows: list[Window], chunk: int, tokens: Tokens, head_dim: int, *, relative: bool = False, t_scale: float = 1.0
+    ):
+        device = tokens.position_BF.device
+        own = [w.slot(chunk) for w in windows]
+        counts = [len(w.slots) for w in windows]
+        self.pages, self.filled = pages, max(counts)
+        self.slot_B = torch.tensor(own, device=device)
+        others = [[s for s in range(self.filled) if s != o] for o in own]
+        self.others_BP = torch.tensor(others, dtype=torch.int64).reshape(len(own), self.filled - 1).to(device)
+        self.there_BP = None
+        if min(counts) < self.filled:
+            self.there_BP = torch.tensor([[s < n for s in range(self.filled)] for n in counts], device=device)
+        self.slot_rope: Tables | None = None
+        if relative:
+            place = [[w.order.index(c) for c in w.slots] + [0] * (self.filled - len(w.slots)) for w in windows]
+            frames = torch.arange(tokens.frames)
+            slot_position = (torch.tensor(place)[:, :, None] * tokens.frames + frames).flatten(1).to(device, torch.float64)
+            self.slot_rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=slot_position)
+            own_position = (torch.tensor(counts)[:, None] - 1) * tokens.frames + frames
+            self.rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=own_position.to(device, torch.float64))
+        else:
+            self.rope = rope_tables(tokens, head_dim, t_scale=t_scale)
+        self._frozen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
+        if self.slot_rope is None:
+            k = apply_rope(k, *self.rope)
+        if torch.is_grad_enabled():
+            return None if q is None else self._read_with_gradients(q, k, v, layer)
+        self.pages.write(layer, self.slot_B, k, v)
+        if q is None:
+            return None
+        keys, values = self.pages.read(layer, self.filled)
+        if self.slot_rope is not None:
+            keys = apply_rope(keys, *self.slot_rope)
+        return attention(apply_rope(q, *self.rope), keys, values, self._bias(self.there_BP, q.shape[1]))
+
+    def _read_with_gradients(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
+        if layer not in self._frozen:
+            self._frozen[layer] = self._freeze(layer)
+        if self.slot_rope is not None:
+            k = apply_rope(k, *self.rope)
+        keys, values = (torch.cat((past, own), dim=1) for past, own in zip(self._frozen[layer], (k, v)))
+        there = None
+        if self.there_BP is not None:
+            there = torch.cat((self.there_BP.gather(1, self.others_BP), torch.ones_like(self.there_BP[:, :1])), dim=1)
+        return attention(apply_rope(q, *self.rope), keys, values, self._bias(there, q.shape[1]))
+
+    @torch.no_grad()
+    def _freeze(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the other slots, keys rotated."""
+        keys, values = self.pages.copy_out(layer, self.others_BP)
+        if self.slot_rope is not None and self.filled > 1:
+            rows = torch.arange(len(self.others_BP), device=keys.device)[:, None]
+            tables = (t.unflatten(1, (self.filled, -1))[rows, self.others_BP].flatten(1, 2) for t in self.slot_rope)
+            keys = apply_rope(keys, *tables)
+        return keys, values
+
+    def _bias(self, there_BP: torch.Tensor | None, page_tokens: int) -> torch.Tensor | None:
+        return None if there_BP is None else there_BP.repeat_interleave(page_tokens, 1)[:, None, None]
