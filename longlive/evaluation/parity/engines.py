@@ -26,12 +26,12 @@ ENGINES = {
 }
 
 LATER = {
-    "dit_cached_rollout_kvquant": "the quantised cache comes with the precision issue",
-    "dmd": "distillation comes with the DMD issue",
-    "error_buffer": "the error buffer comes with the issue on AR training at scale",
-    "halo": "the sharded VAE encode comes with the issue on AR training at scale",
-    "lora_merge": "LoRA merge comes with the DMD issue",
-    "nvfp4": "NVFP4 comes with the precision issue",
+    "dit_cached_rollout_kvquant": "the quantised cache is not available yet",
+    "dmd": "distillation is not available yet",
+    "error_buffer": "error recycling is not available yet",
+    "halo": "the sharded VAE encode is not available yet",
+    "lora_merge": "LoRA is not available yet",
+    "nvfp4": "NVFP4 is not available yet",
 }
 
 

@@ -89,10 +89,10 @@ def check_entry(entry: Entry | Case, rules: list[Rule]) -> Result:
     except NotAvailable as error:
         return replace(base, status=NO_ENGINE, notes=(str(error),))
     worst = max(found, key=lambda pair: pair[1].share)[1]
-    wrong = tuple(f"{name}: {d.note or f'error {d.error:.3g} is {d.share:.3g} times the tolerance'}" for name, d in found if not d.ok)
+    status = PASSED if worst.ok else FAILED
+    notes = tuple(f"{name}: {d.note or f'error {d.error:.3g} is {d.share:.3g} times the tolerance'}" for name, d in found if d.note or not d.ok)
     tolerance = _tolerance_words(entry, [name for name, _ in found])
-    status = FAILED if wrong else PASSED
-    return replace(base, status=status, error=worst.error, share=worst.share, tolerance=tolerance, compared=len(found), notes=wrong)
+    return replace(base, status=status, error=worst.error, share=worst.share, tolerance=tolerance, compared=len(found), notes=notes)
 
 
 def summary(results: Sequence[Result]) -> dict[str, int]:
@@ -131,7 +131,8 @@ def _judge(entry: Entry | Case, engine: ModuleType, rule: Rule, names: list[str]
         raise
     except InputError as error:
         refused = rule.status == "raises" or (isinstance(entry, Case) and _recorded_refusal(entry))
-        return [(name, Difference(error=0.0, share=0.0) if refused else _failure(f"refused: {error}")) for name in names]
+        note = f"refused: {error}"
+        return [(name, Difference(error=0.0, share=0.0, note=note) if refused else _failure(note)) for name in names]
     except Exception as error:  # an engine that breaks fails its entry, and the others still run
         return [(name, _failure(f"{type(error).__name__}: {error}")) for name in names]
     if rule.status == "raises" or (isinstance(entry, Case) and _recorded_refusal(entry)):
