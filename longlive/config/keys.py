@@ -91,7 +91,7 @@ def home_of(written: str, origin: str) -> str | None:
         if any(key.rpartition(".")[2] == leaf for key in INERT if key.partition(".")[0] in FLATTENED):
             return None
     first, _, rest = written.partition(".")
-    if first in FLATTENED and rest.partition(".")[0] in ("error_recycling",):
+    if first in FLATTENED and first != "training" and rest.startswith("error_recycling."):
         return home_of("training." + rest, origin)
     raise ConfigError(_unknown(written, origin))
 
