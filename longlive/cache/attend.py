@@ -87,18 +87,20 @@ class TeacherForced:
             q, k = apply_rope(q, *self.rope), apply_rope(k, *self.rope)
         split = q.shape[1] // (self.noisy_copies + 1)
         past = (k[:, :split], v[:, :split])
-        out = [self._copies(self.clean, (q[:, :split], *past), past, 1)]
+        out = [self._copies(self.clean, (q[:, :split], *past), past, 1, clean=True)]
         if self.noisy_copies:
-            out.append(self._copies(self.noisy, (q[:, split:], k[:, split:], v[:, split:]), past, self.noisy_copies))
+            out.append(self._copies(self.noisy, (q[:, split:], k[:, split:], v[:, split:]), past, self.noisy_copies, clean=False))
         return torch.cat(out, dim=1)
 
-    def _copies(self, reads: list[ChunkRead], qkv: tuple[torch.Tensor, ...], past: tuple[torch.Tensor, ...], copies: int) -> torch.Tensor:
+    def _copies(
+        self, reads: list[ChunkRead], qkv: tuple[torch.Tensor, ...], past: tuple[torch.Tensor, ...], copies: int, *, clean: bool
+    ) -> torch.Tensor:
         """Attention of `copies` copies of the film, each over the clean `past` and itself, the copies side by side in the batch."""
         q, k, v = (t.unflatten(1, (copies, -1)) for t in qkv)
         out = []
         for read in reads:
             own = [t[:, :, read.start : read.stop] for t in (q, k, v)]
-            if copies == 1 and read.rows is None:
+            if clean and read.rows is None:
                 keys, values = (t[:, : read.stop] for t in past)
             else:
                 keys, values = (self._join(read, t, o) for t, o in zip(past, own[1:]))
