@@ -39,7 +39,10 @@ def show(
 ) -> None:
     """Print the resolved configuration, each value with where it came from."""
     config = _load(file, model, ctx.args)
-    typer.echo(json.dumps(config_table(config, changed=changed), indent=2, ensure_ascii=False) if as_json else config_yaml(config, changed=changed), nl=as_json)
+    if as_json:
+        typer.echo(json.dumps(config_table(config, changed=changed), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(config_yaml(config, changed=changed), nl=False)
 
 
 @group.command(context_settings=OVERRIDES)

@@ -30,17 +30,20 @@ def _chunks(c: Config) -> str | None:
 
 
 def _window(c: Config) -> str | None:
-    n, steps = c.chunk_frames, (("inference", c.inference.sink_size, c.inference.local_attn_size),)
-    for section, sink, window in (("model_kwargs", c.model_kwargs.sink_size, c.model_kwargs.local_attn_size), *steps):
+    n = c.chunk_frames
+    for section, values in (("model_kwargs", c.model_kwargs), ("inference", c.inference)):
+        sink, window = values.sink_size, values.local_attn_size
         if sink not in (0, n):
             return f"{section}.sink_size({sink}) is neither 0 nor num_frame_per_block({n}): sinks are kept as whole chunks; use 0 or {n}"
         if window == -1:
             continue
         if window < n or window % n:
-            return f"{section}.local_attn_size({window}) % num_frame_per_block({n}) = {window % n}, not 0: the window is whole chunks; use {max(1, round(window / n)) * n}"
+            equation = f"{section}.local_attn_size({window}) % num_frame_per_block({n}) = {window % n}, not 0"
+            return f"{equation}: the window is whole chunks; use {max(1, round(window / n)) * n}"
         least = n * (1 + (sink > 0) + (sink > 0 and c.inference.multi_shot_sink))
         if window < least:
-            return f"{section}.local_attn_size({window}) < {least} = {least // n} chunks of {n}: the sinks leave no room for the current chunk; use {least}"
+            equation = f"{section}.local_attn_size({window}) < {least} = {least // n} chunks of {n}"
+            return f"{equation}: the sinks leave no room for the current chunk; use {least}"
     return None
 
 
@@ -59,11 +62,12 @@ def _precision(c: Config) -> str | None:
     if c.fp8_quant and c.infra.model_quant:
         return "fp8_quant(true) and model_quant(true) exclude each other: weights have one precision; set one of them to false"
     if c.checkpoints.lora_ckpt and c.adapter is None:
-        return f"checkpoints.lora_ckpt = {c.checkpoints.lora_ckpt!r} without an adapter section: nothing would apply it; add `adapter: {{rank: 128}}` or remove lora_ckpt"
+        given = f"checkpoints.lora_ckpt = {c.checkpoints.lora_ckpt!r} without an adapter section"
+        return f"{given}: nothing would apply it; add `adapter: {{rank: 128}}` or remove lora_ckpt"
     if c.merge_lora and c.adapter is None:
         return "merge_lora(true) without an adapter section: there is nothing to merge; remove merge_lora or add the adapter"
     if c.inference.kv_quant and c.inference.use_relative_rope:
-        return "inference.kv_quant(true) and inference.use_relative_rope(true) exclude each other: the quantised cache holds rotated keys; turn one off"
+        return "inference.kv_quant(true) and inference.use_relative_rope(true) exclude each other: that cache holds rotated keys; turn one off"
     return None
 
 
@@ -95,7 +99,8 @@ def _ranks(c: Config) -> str | None:
 def _training(c: Config) -> str | None:
     p, n, frames = c.infra.sequence_parallel_size, c.chunk_frames, c.data.image_or_video_shape[1]
     if p > 1 and frames % (p * n):
-        return f"image_or_video_shape[1]({frames}) % (sequence_parallel_size({p}) x num_frame_per_block({n})) = {frames % (p * n)}, not 0: every rank owns whole chunks"
+        equation = f"image_or_video_shape[1]({frames}) % (sequence_parallel_size({p}) x num_frame_per_block({n})) = {frames % (p * n)}, not 0"
+        return f"{equation}: every rank owns whole chunks"
     if p > 1 and c.model_num_heads % p:
         return f"model_num_heads({c.model_num_heads}) % sequence_parallel_size({p}) = {c.model_num_heads % p}, not 0: every rank takes equal heads"
     t = c.training

@@ -1,7 +1,7 @@
 """What a model's name decides: its latent size, and the settings it was released with.
 
 `SHAPES` applies wherever the model is named. `RELEASED` are the settings a model is meant to run with: `default_config` uses them, and so does
-every configuration that names `tiny`. A published file for the 5B model says everything itself, so that a key it leaves out has the documented default.
+every configuration that names `tiny`. A published file for the 5B model says everything itself: a key it leaves out has the documented default.
 """
 
 from __future__ import annotations

@@ -16,15 +16,15 @@ ScaleRule = Literal["static_6", "static_4", "mse", "mae", "abs_max"]
 
 def quant_fields(prefix: str, *, inherits: bool) -> dict:
     """Field definitions of one network's keys. `inherits`: null means "as model_quant*"."""
-    rule = ScaleRule | None
+    rule, flag = ScaleRule | None, (bool | None if inherits else bool)
     return {
-        prefix: (bool | None if inherits else bool, option(None if inherits else False, f"NVFP4 for {prefix.removesuffix('_quant')}")),
+        prefix: (flag, option(None if inherits else False, f"NVFP4 for {prefix.removesuffix('_quant')}")),
         f"{prefix}_scale_rule": (rule, option(None if inherits else "static_6", "scale rule of a 16-value group")),
         f"{prefix}_activation_scale_rule": (rule, option(None if inherits else "static_6", "scale rule for activations")),
         f"{prefix}_weight_scale_rule": (rule, option(None, "scale rule for weights; null = scale_rule")),
         f"{prefix}_gradient_scale_rule": (rule, option(None, "scale rule for gradients; null = scale_rule")),
         f"{prefix}_filtered_modules": (tuple[str, ...] | None, option(None, "Linear layers that stay in bf16")),
-        f"{prefix}_use_default_filtered_modules": (bool | None if inherits else bool, option(None if inherits else True, "also keep the default list")),
+        f"{prefix}_use_default_filtered_modules": (flag, option(None if inherits else True, "also keep the default list")),
     }
 
 

@@ -52,9 +52,12 @@ def config_schema() -> dict:
 
 def schema_table() -> str:
     """One line per key: name, type, default, meaning."""
-    rows = [(key, _type_name(field.annotation), _scalar(_plain(field.get_default())), field.description or "") for key, field in schema_keys().items()]
-    width = max(len(row[0]) for row in rows)
-    return "".join(f"{key:<{width}}  {kind}, default {default if len(default) < 50 else default[:46] + '...'}: {text}\n" for key, kind, default, text in rows)
+    width, lines = max(map(len, schema_keys())), []
+    for key, field in schema_keys().items():
+        default = _scalar(_plain(field.get_default()))
+        shown = default if len(default) < 50 else default[:46] + "..."
+        lines.append(f"{key:<{width}}  {_type_name(field.annotation)}, default {shown}: {field.description}\n")
+    return "".join(lines)
 
 
 _ABSENT = object()

@@ -24,7 +24,7 @@ class Infra(Quantisation):
 
 
 class Algorithm(Section):
-    trainer: Literal["diffusion", "score_distillation", "vae", "judge"] = option("diffusion", "teacher forcing, DMD, or the small model's VAE / judge")
+    trainer: Literal["diffusion", "score_distillation", "vae", "judge"] = option("diffusion", "teacher forcing, DMD, the small VAE, or the judge")
     causal: bool = option(True, "the generator is chunk-causal")
     teacher_forcing: bool = option(False, "noisy chunks attend to clean earlier chunks")
     i2v: bool = option(False, "the first latent frame is given")

@@ -55,7 +55,8 @@ def test_one_key_many_spellings(source):
 
 
 def test_keys_go_home_from_flat_and_from_other_sections():
-    config = load_config({"i2v": True, "model_quant": True, "return_latents": True, "inference": {"save_latent_only": True, "scene_cut_prefix": "Cut. "}})
+    section = {"save_latent_only": True, "scene_cut_prefix": "Cut. "}
+    config = load_config({"i2v": True, "model_quant": True, "return_latents": True, "inference": section})
     assert config.algorithm.i2v and config.algorithm.independent_first_frame and config.infra.model_quant and config.save_latents_only
     assert config.data.scene_cut_prefix == "Cut. "
     assert not config.evaluation.save_latents_only
@@ -131,7 +132,7 @@ CHUNK8 = {"num_frame_per_block": 8}
         ({"independent_first_frame": True}, "i2v(False) != independent_first_frame(True)"),
         ({**CHUNK8, "sp_size": 3}, "sp_size(3) is none of"),
         ({"sp_size": 4}, "num_frame_per_block(1) % sp_size(4)"),
-        ({**CHUNK8, "infra": {"sequence_parallel_size": 5}}, "image_or_video_shape[1](128) % (sequence_parallel_size(5) x num_frame_per_block(8)) = 8"),
+        ({**CHUNK8, "infra": {"sequence_parallel_size": 5}}, "[1](128) % (sequence_parallel_size(5) x num_frame_per_block(8)) = 8"),
     ],
 )
 def test_rules_across_keys_print_the_equation(source, equation):
@@ -170,7 +171,8 @@ def test_documented_defaults():
 
 def test_overrides_are_yaml_typed_and_win(tmp_path):
     path = write(tmp_path, "model_kwargs: {num_frame_per_block: 8}\ninference: {sampling_steps: 4}\ntraining: {lr: 1e-4}\n")
-    config = load_config(path, ["sampling_steps=2", "data.image_or_video_shape=[1, 64, 48, 12, 20]", "training.lr=3e-5", "vae_device=cuda:1", "adapter={rank: 8}"])
+    words = ["sampling_steps=2", "data.image_or_video_shape=[1, 64, 48, 12, 20]", "training.lr=3e-5", "vae_device=cuda:1", "adapter={rank: 8}"]
+    config = load_config(path, words)
     assert (config.inference.sampling_steps, config.num_output_frames, config.training.lr) == (2, 64, 3e-5)
     assert config.inference.vae_device == "cuda:1" and config.adapter.rank == 8
     assert config.provenance["inference.sampling_steps"] == "override"
@@ -196,7 +198,14 @@ def test_tiny_brings_its_settings_but_a_file_wins():
 def test_omegaconf_objects_and_dicts_give_the_same(tmp_path):
     from omegaconf import OmegaConf
 
-    path = write(tmp_path, "model_kwargs: {num_frame_per_block: 8}\ntraining: {lr: 1e-4, max_iters: 3}\nevaluation: {num_frames: [32, 96]}\ndata: {data_path: '${output_folder}/x'}\noutput_folder: a\n")
+    text = """
+        model_kwargs: {num_frame_per_block: 8}
+        training: {lr: 1e-4, max_iters: 3}
+        evaluation: {num_frames: [32, 96]}
+        data: {data_path: "${output_folder}/x"}
+        output_folder: a
+    """
+    path = write(tmp_path, text)
     config = load_config(OmegaConf.load(path))
     assert config.training.lr == 1e-4 and config.evaluation.num_frames == (32, 96) and config.data.data_path == "a/x"
     assert load_config(config) is config
