@@ -91,7 +91,7 @@ def check_entry(entry: Entry | Case, rules: list[Rule]) -> Result:
     worst = max(found, key=lambda pair: pair[1].share)[1]
     status = PASSED if worst.ok else FAILED
     notes = tuple(f"{name}: {d.note or f'error {d.error:.3g} is {d.share:.3g} times the tolerance'}" for name, d in found if d.note or not d.ok)
-    tolerance = _tolerance_words(entry, [name for name, _ in found])
+    tolerance = "must be refused" if all(rule.status == "raises" for rule in kept) else _tolerance_words(entry, [name for name, _ in found])
     return replace(base, status=status, error=worst.error, share=worst.share, tolerance=tolerance, compared=len(found), notes=notes)
 
 
