@@ -51,7 +51,12 @@ ACTION_WORDS = {
         ("slides to and fro", "sliding to and fro"),
         ("moves back and forth", "moving back and forth"),
     ),
-    "bounces": (("bounces", "bouncing"), ("bounces up and down", "bouncing up and down"), ("hops up and down", "hopping up and down"), ("jumps", "jumping")),
+    "bounces": (
+        ("bounces", "bouncing"),
+        ("bounces up and down", "bouncing up and down"),
+        ("hops up and down", "hopping up and down"),
+        ("jumps", "jumping"),
+    ),
     "orbits": (
         ("orbits", "orbiting"),
         ("orbits in a loop", "orbiting in a loop"),
@@ -82,7 +87,13 @@ CAMERA_WORDS = {
     "zoom": ("the camera zooms in and out", "the camera zooms", "the view zooms in and out"),
     "tilt": ("the camera tilts up and down", "the camera tilts", "the view tilts up and down"),
 }
-CAMERA_NOUNS = {"still": "a static shot", "left": "a pan to the left", "right": "a pan to the right", "zoom": "a zoom in and out", "tilt": "a tilt up and down"}
+CAMERA_NOUNS = {
+    "still": "a static shot",
+    "left": "a pan to the left",
+    "right": "a pan to the right",
+    "zoom": "a zoom in and out",
+    "tilt": "a tilt up and down",
+}
 
 # {who}: characters with finite verbs; {whom}: with participles; {place}; {camera}: a clause; {shot}: a clause or a noun
 TRAIN_FRAMES = (

@@ -26,10 +26,6 @@ class Painter:
         self.x = torch.arange(STRIP_WIDTH, dtype=torch.float32)[None, :] + 0.5
         self.rgb = torch.zeros(3, STRIP_HEIGHT, STRIP_WIDTH)
 
-    def dx(self, x: float) -> torch.Tensor:
-        """Signed distance to column `x` round the strip."""
-        return torch.remainder(self.x - x + STRIP_WIDTH / 2, STRIP_WIDTH) - STRIP_WIDTH / 2
-
     def wave(self, *terms: tuple[int, float, float]) -> torch.Tensor:
         """Sum of amplitude * sin(cycles round the strip), a curve of x. Terms are (cycles, amplitude, phase)."""
         turn = self.x * (2 * torch.pi / STRIP_WIDTH)
@@ -45,20 +41,34 @@ class Painter:
         a, b = (torch.tensor(c, dtype=torch.float32)[:, None, None] for c in (top, bottom))
         self.rgb = (a + (b - a) * t).expand_as(self.rgb).clone()
 
+    def _near(self, x: float, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns within `reach` of column `x`, and their signed distance to it: small things are painted on a small part."""
+        half = min(int(reach) + 3, STRIP_WIDTH // 2 - 1)
+        columns = torch.arange(int(x) - half, int(x) + half + 1)
+        return columns % STRIP_WIDTH, (columns + 0.5 - x)[None, :]
+
+    def _spot(self, columns: torch.Tensor, distance: torch.Tensor, colour: tuple[int, int, int]) -> None:
+        part = self.rgb[:, :, columns]
+        alpha = (0.5 - distance).clamp(0, 1)
+        self.rgb[:, :, columns] = part + alpha * (torch.tensor(colour, dtype=torch.float32)[:, None, None] - part)
+
     def disc(self, x: float, y: float, rx: float, ry: float, colour: tuple[int, int, int]) -> None:
-        d = ((self.dx(x) / rx) ** 2 + ((self.y - y) / ry) ** 2).sqrt()
-        self.fill((d - 1) * min(rx, ry), colour)
+        columns, dx = self._near(x, rx)
+        d = ((dx / rx) ** 2 + ((self.y - y) / ry) ** 2).sqrt()
+        self._spot(columns, (d - 1) * min(rx, ry), colour)
 
     def box(self, x: float, y: float, rx: float, ry: float, colour: tuple[int, int, int], round_: float = 0.0) -> None:
-        qx, qy = self.dx(x).abs() - rx + round_, (self.y - y).abs() - ry + round_
+        columns, dx = self._near(x, rx)
+        qx, qy = dx.abs() - rx + round_, (self.y - y).abs() - ry + round_
         outside = (qx.clamp(min=0) ** 2 + qy.clamp(min=0) ** 2).sqrt()
-        self.fill(outside + torch.maximum(qx, qy).clamp(max=0) - round_, colour)
+        self._spot(columns, outside + torch.maximum(qx, qy).clamp(max=0) - round_, colour)
 
     def tent(self, x: float, top: float, bottom: float, half: float, colour: tuple[int, int, int]) -> None:
         """A triangle that stands on `bottom` with its tip at (`x`, `top`)."""
+        columns, dx = self._near(x, half)
         slope = half / (bottom - top)
-        side = (self.dx(x).abs() - (self.y - top) * slope) / (1 + slope**2) ** 0.5
-        self.fill(torch.maximum(side, self.y - bottom), colour)
+        side = (dx.abs() - (self.y - top) * slope) / (1 + slope**2) ** 0.5
+        self._spot(columns, torch.maximum(side, self.y - bottom), colour)
 
     def places(self, count: int, jitter: float = 0.35) -> list[float]:
         """`count` columns, evenly spaced but for `jitter` of the spacing."""
@@ -71,7 +81,7 @@ def _meadow(p: Painter) -> None:
     for x in p.places(9):
         y, size = p.draw.between(4, 40), p.draw.between(15, 24)
         for k in (-1, 0, 1):
-            p.disc(x + k * size, y + (4 if k else 0), size * 1.1, size * (0.42 if k else 0.6), (208, 218, 224))
+            p.disc(x + k * size, y + (4 if k else 0), size * 1.1, size * (0.42 if k else 0.6), (200, 211, 218))
     p.fill(84 + p.wave((3, 12, 0.0), (7, 6, 1.0)) - p.y, (118, 160, 120))
     for x in p.places(11):
         y, size = p.draw.between(72, 84), p.draw.between(13, 19)
@@ -109,7 +119,7 @@ def _night(p: Painter) -> None:
 
 
 def _beach(p: Painter) -> None:
-    p.gradient((150, 200, 218), (206, 222, 222), -24, 78)
+    p.gradient((146, 198, 216), (194, 214, 215), -24, 78)
     p.disc(300, 14, 14, 14, (226, 214, 160))
     p.disc(960, 10, 14, 14, (226, 214, 160))
     for x in p.places(6):
