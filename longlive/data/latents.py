@@ -25,11 +25,11 @@ class LatentClip:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """latents_BFCHW float32, area_BFHW float32, prompts and cuts per sample and chunk."""
+    """latents_BFCHW float32, area_BFHW float32, the slot of each sample (int64 on the device), cuts per sample and chunk."""
 
     latents_BFCHW: torch.Tensor
     area_BFHW: torch.Tensor
-    prompts: tuple[tuple[str, ...], ...]
+    slot_B: torch.Tensor
     cuts: tuple[tuple[bool, ...], ...]
 
 
@@ -39,11 +39,10 @@ class LatentBank:
     def __init__(self, slots: int, frames: int, channels: int, height: int, width: int, device: torch.device):
         self.latents_NFCHW = torch.zeros(slots, frames, channels, height, width, dtype=torch.bfloat16, device=device)
         self.area_NFHW = torch.zeros(slots, frames, height, width, dtype=torch.float16, device=device)
-        self.prompts: list[tuple[str, ...]] = [()] * slots
         self.cuts: list[tuple[bool, ...]] = [()] * slots
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.cuts)
 
     @property
     def nbytes(self) -> int:
@@ -52,16 +51,16 @@ class LatentBank:
     def put(self, slot: int, clip: LatentClip) -> None:
         self.latents_NFCHW[slot] = clip.latents_FCHW.to(self.latents_NFCHW)
         self.area_NFHW[slot] = clip.area_FHW.to(self.area_NFHW)
-        self.prompts[slot], self.cuts[slot] = clip.prompts, clip.cuts
+        self.cuts[slot] = clip.cuts
 
     def draw(self, count: int, generator: torch.Generator) -> LatentBatch:
         """`count` different slots (with repeats only where the bank is smaller), drawn by a CPU generator."""
         slots = torch.randperm(len(self), generator=generator)[:count].tolist() if count <= len(self) else None
         slots = torch.randint(len(self), (count,), generator=generator).tolist() if slots is None else slots
-        index = torch.tensor(slots, device=self.latents_NFCHW.device)
+        index = torch.tensor(slots).to(self.latents_NFCHW.device, non_blocking=True)
         return LatentBatch(
             self.latents_NFCHW[index].float(),
             self.area_NFHW[index].float(),
-            tuple(self.prompts[s] for s in slots),
+            index,
             tuple(self.cuts[s] for s in slots),
         )

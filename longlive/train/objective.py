@@ -22,7 +22,7 @@ class FlowTarget:
 
     noisy_BFCHW    network input
     target_BFCHW   velocity noise - x0
-    sigma_BF       noise level given to the network, one per latent frame
+    sigma_BF       float64, noise level given to the network, one per latent frame
     weight_BF      loss weight of each frame
     mask_BF        1 where a frame counts, 0 where it does not (padding, known frames)
     """
@@ -56,9 +56,10 @@ def flow_target(
     """Noises every chunk to the level that `index_Bc` names in `table`. `mask_BF` None: every frame counts."""
     index_BF = per_frame(index_Bc, clean_BFCHW.shape[1] // index_Bc.shape[1])
     sigma = table.sigmas.to(clean_BFCHW.device)[index_BF]
+    told = table.timesteps.to(clean_BFCHW.device)[index_BF].double() / 1000  # the timestep that float32 can write, to the last bit
     weight = table.weights.to(clean_BFCHW.device)[index_BF].float()
     target = noise_BFCHW.float() - clean_BFCHW.float()
-    return FlowTarget(mix(clean_BFCHW, noise_BFCHW, sigma), target, sigma, weight, torch.ones_like(weight) if mask_BF is None else mask_BF.float())
+    return FlowTarget(mix(clean_BFCHW, noise_BFCHW, sigma), target, told, weight, torch.ones_like(weight) if mask_BF is None else mask_BF.float())
 
 
 def know_first_frames(flow: FlowTarget, clean_BFCHW: torch.Tensor, known_B: torch.Tensor) -> FlowTarget:

@@ -58,12 +58,12 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Draw:
-    """Randomness and place of one micro-step: `generator` on the task's device, `host` on the CPU, `progress` 0..1, `index` of the micro-step."""
+    """Randomness and place of one micro-step: `generator` on the task's device, `host` on the CPU, `progress` 0..1, `step` from 0."""
 
     generator: torch.Generator
     host: torch.Generator
     progress: float
-    index: int
+    step: int = 0
 
 
 class Task(Protocol):
@@ -174,7 +174,7 @@ class Loop:
         parts = (self.settings.seed, self.replicas.rank, self.state.step, micro)
         generator = torch.Generator(self.task.device).manual_seed(seed_of(*parts, 0))
         host = torch.Generator().manual_seed(seed_of(*parts, 1))
-        return Draw(generator, host, self.settings.progress(self.state), self.state.step * self.settings.accumulation + micro)
+        return Draw(generator, host, self.settings.progress(self.state), self.state.step)
 
     def _step(self) -> None:
         began, settings = time.perf_counter(), self.settings

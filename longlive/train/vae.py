@@ -25,9 +25,8 @@ from ..parallel.data_parallel import Replicas
 from .trainer import Draw, seed_of
 from .vae_objective import VAELossWeights, kl_mean, reconstruction_loss, sample_posterior
 from .vae_report import fidelity, latent_statistics
-from .world_windows import Pixels, Stage, WindowPool, story_parameters
+from .world_windows import Pixels, Stage, draw_windows, story_parameters
 
-FULL_POOL_FRAMES = 4096
 FIRST_LOGVAR = -6.0
 HELD_OUT_CLIPS, HELD_OUT_CHUNKS = 16, 4
 STATISTICS_CLIPS = 96
@@ -68,13 +67,6 @@ class VAETask:
         self.stories = {"chunks": world.chunks, "shots": (world.min_shots, world.max_shots), "characters": (1, world.max_characters)}
         first = seed_of(world.seed, replicas.rank) % (1 << 40)
         self.params_NTP = story_parameters(range(first, first + world.clips), split=world.split, **self.stories).to(device)
-        self.pools = [self._pool(stage, number, replicas.rank) for number, stage in enumerate(self.stages)]
-
-    def _pool(self, stage: Stage, number: int, rank: int) -> WindowPool:
-        capacity = max(stage.batch, min(FULL_POOL_FRAMES // stage.frames, 16 * stage.batch))
-        fresh = max(1, stage.batch // 4)
-        seed = seed_of(self.seed, number, rank)
-        return WindowPool(self.params_NTP, stage, height=self.geometry.height, width=self.geometry.width, seed=seed, capacity=capacity, fresh=fresh)
 
     def _stage(self, progress: float) -> int:
         end = 0.0
@@ -84,26 +76,23 @@ class VAETask:
                 return number
         return len(self.stages) - 1
 
+    def _batch(self, stage: Stage, draw: Draw) -> tuple[Pixels, torch.Generator]:
+        return draw_windows(self.params_NTP, stage, draw, self.geometry.height, self.geometry.width), draw.generator
+
     def warm_up(self) -> Iterator[tuple[Pixels, torch.Generator]]:
         """One batch of every stage, the longest clips first."""
-        for number in reversed(range(len(self.stages))):
-            draw = Draw(torch.Generator(self.device).manual_seed(0), torch.Generator().manual_seed(0), 0.0, 0)
-            self.pools[number].at(0)
-            yield self.pools[number].batch(draw), draw.generator
+        for stage in reversed(self.stages):
+            yield self._batch(stage, Draw(torch.Generator(self.device).manual_seed(0), torch.Generator().manual_seed(0), 0.0))
 
     def batch(self, draw: Draw) -> tuple[Pixels, torch.Generator]:
-        pool = self.pools[self._stage(draw.progress)]
-        pool.at(draw.index)
-        return pool.batch(draw), draw.generator
+        return self._batch(self.stages[self._stage(draw.progress)], draw)
 
     def loss(self, batch: tuple[Pixels, torch.Generator]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         pixels, generator = batch
-        video = pixels.video.float()
-        if self.device.type == "cuda":
-            video = video.contiguous(memory_format=torch.channels_last_3d)
+        video = pixels.video
         with self.autocast:
-            mu, logvar, _ = self.module.encode(video)
-            output, _ = self.module.decode(sample_posterior(mu, logvar, generator))
+            mu, logvar, _ = self.module.encode(video, keep=False)
+            output, _ = self.module.decode(sample_posterior(mu, logvar, generator), keep=False)
         kl = kl_mean(mu, logvar)
         loss = reconstruction_loss(output, video, pixels.mask, self.weights) + self.weights.kl * kl
         with torch.no_grad():

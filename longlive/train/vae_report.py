@@ -23,7 +23,7 @@ def latent_statistics(vae: WanVAE, clips_1TP: Iterable[torch.Tensor], geometry: 
     """Mean and standard deviation of the posterior mean per channel, float32 [2, C]: row 0 first latents, row 1 all others."""
     count, total, square = torch.zeros(2, 1, dtype=torch.float64), 0.0, 0.0
     for params in clips_1TP:
-        mu_BCFHW = vae.encode(render_clips(params, geometry.height, geometry.width).video.float())[0]
+        mu_BCFHW = vae.encode(render_clips(params, geometry.height, geometry.width).video, keep=False)[0]
         channels = vae.dims.z_dim
         parts = (mu_BCFHW[:, :, :1], mu_BCFHW[:, :, 1:])
         rows = [p.double().transpose(0, 1).reshape(channels, -1) for p in parts]
@@ -39,7 +39,8 @@ def fidelity(vae: WanVAE, clips_1TP: Iterable[torch.Tensor], geometry: Geometry)
     everything, ending = Fidelity(), Fidelity()
     for params in clips_1TP:
         pixels = render_clips(params, geometry.height, geometry.width)
-        output, _ = vae.decode(vae.encode(pixels.video.float())[0])
+        mu, _, _ = vae.encode(pixels.video, keep=False)
+        output, _ = vae.decode(mu, keep=False)
         everything.add(output, pixels.video, pixels.mask)
         ending.add(*(x[:, :, -LAST_FRAMES:] for x in (output, pixels.video, pixels.mask)))
     return *everything.psnr(), ending.psnr()[0]

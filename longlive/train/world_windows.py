@@ -1,15 +1,13 @@
-"""Rendered windows of the procedural world for VAE training: a pool on the device from which batches are cropped.
+"""Rendered windows of the procedural world for VAE training, drawn and cropped on the device.
 
 A window is `frames` consecutive frames of a story, starting at a multiple of four (as a stream's latents do) and free to contain a cut.
-Window number i is a function of (seed, i) alone. The pool holds the newest `capacity` windows; every step adds a few, so rendering is paid
-for once while each window gives several crops. Which windows the pool holds at step k follows from k, so a resumed run sees the same.
+Stories are kept as frame parameters, a few kilobytes each; rendering is cheap, so no pixel outlives its step.
 
 Legend: B batch, T frames, H W pixels, N stories, P parameters of one frame.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +15,7 @@ import torch
 from ..core.geometry import TEMPORAL_STRIDE
 from ..world.render import character_mask, frame_parameters, render
 from ..world.story import sample_story
-from .trainer import Draw, seed_of
+from .trainer import Draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pixels:
-    """video_B3THW in [-1, 1], mask_B1THW in {0, 1}; both float16."""
+    """video_B3THW in [-1, 1], mask_B1THW in [0, 1]; float32."""
 
     video: torch.Tensor
     mask: torch.Tensor
@@ -50,62 +48,40 @@ def render_clips(params_BTP: torch.Tensor, height: int, width: int) -> Pixels:
     """Renders whole frames of B clips on the device of their parameters."""
     batch, frames = params_BTP.shape[:2]
     flat = params_BTP.flatten(0, 1)
-    video = render(flat, height=height, width=width).to(torch.float16)
-    mask = character_mask(flat, height=height, width=width).to(torch.float16)
+    video, mask = render(flat, height, width), character_mask(flat, height, width)
     return Pixels(*(x.unflatten(0, (batch, frames)).transpose(1, 2) for x in (video, mask)))
 
 
-class WindowPool:
-    """Windows of one stage. `fresh` new ones per step, `capacity` kept; `height`, `width` are those of the whole picture."""
+def draw_windows(params_NTP: torch.Tensor, stage: Stage, draw: Draw, height: int, width: int) -> Pixels:
+    """`stage.batch` random windows of random stories; `height`, `width` are those of the whole picture.
 
-    def __init__(self, params_NTP: torch.Tensor, stage: Stage, *, height: int, width: int, seed: int, capacity: int, fresh: int):
-        self.params, self.stage, self.height, self.width, self.seed = params_NTP, stage, height, width, seed
-        self.capacity, self.fresh, self.made = capacity, fresh, 0
-        self.video = torch.empty(capacity, 3, stage.frames, height, width, dtype=torch.float16, device=params_NTP.device)
-        self.mask = torch.empty(capacity, 1, stage.frames, height, width, dtype=torch.float16, device=params_NTP.device)
+    A part `character_crops` of the crops is centred near a random character pixel, the others anywhere.
+    """
+    stories, frames = params_NTP.shape[:2]
+    device = params_NTP.device
+    story = torch.randint(stories, (stage.batch, 1), generator=draw.host)
+    start = TEMPORAL_STRIDE * torch.randint((frames - stage.frames) // TEMPORAL_STRIDE + 1, (stage.batch, 1), generator=draw.host)
+    time = start + torch.arange(stage.frames)
+    pixels = render_clips(params_NTP[story.to(device), time.to(device)], height, width)
+    if (stage.height, stage.width) == (height, width):
+        return pixels
+    top, left = _corners(pixels.mask, stage, draw)
+    rows = (top[:, None] + torch.arange(stage.height, device=device))[:, None, None, :, None]
+    columns = (left[:, None] + torch.arange(stage.width, device=device))[:, None, None, None, :]
+    index = torch.arange(stage.batch, device=device)[:, None, None, None, None]
+    time = torch.arange(stage.frames, device=device)[None, None, :, None, None]
+    channel = torch.arange(3, device=device)[None, :, None, None, None]
+    return Pixels(pixels.video[index, channel, time, rows, columns], pixels.mask[index, channel[:, :1], time, rows, columns])
 
-    def at(self, step: int) -> None:
-        """Brings the pool to its content at `step`."""
-        wanted = self.capacity + self.fresh * step
-        first = max(self.made, wanted - self.capacity)
-        group = max(1, 256 // self.stage.frames)
-        for start in range(first, wanted, group):
-            numbers = range(start, min(start + group, wanted))
-            pixels = render_clips(torch.stack([self._window(i) for i in numbers]), self.height, self.width)
-            slots = torch.tensor([i % self.capacity for i in numbers], device=self.params.device)
-            self.video[slots], self.mask[slots] = pixels.video, pixels.mask
-        self.made = max(self.made, wanted)
 
-    def _window(self, number: int) -> torch.Tensor:
-        draw = random.Random(seed_of(self.seed, number))
-        stories, frames = self.params.shape[:2]
-        start = TEMPORAL_STRIDE * draw.randrange((frames - self.stage.frames) // TEMPORAL_STRIDE + 1)
-        return self.params[draw.randrange(stories), start : start + self.stage.frames]
-
-    def batch(self, draw: Draw) -> Pixels:
-        """`stage.batch` random windows, cropped. A part `character_crops` of the crops is centred near a random character pixel."""
-        stage, device = self.stage, self.params.device
-        slots = torch.randint(self.capacity, (stage.batch,), generator=draw.host).tolist()
-        if (stage.height, stage.width) == (self.height, self.width):
-            index = torch.tensor(slots, device=device)
-            return Pixels(self.video[index], self.mask[index])
-        top, left = self._corners(slots, draw)
-        rows = (top[:, None] + torch.arange(stage.height, device=device))[:, None, None, :, None]
-        columns = (left[:, None] + torch.arange(stage.width, device=device))[:, None, None, None, :]
-        index = torch.tensor(slots, device=device)[:, None, None, None, None]
-        time = torch.arange(stage.frames, device=device)[None, None, :, None, None]
-        channel = torch.arange(3, device=device)[None, :, None, None, None]
-        return Pixels(self.video[index, channel, time, rows, columns], self.mask[index, channel[:, :1], time, rows, columns])
-
-    def _corners(self, slots: list[int], draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-        """Top and left of each crop, int64 [B], inside the picture."""
-        stage, device = self.stage, self.params.device
-        frame = int(torch.randint(stage.frames, (1,), generator=draw.host))
-        mask = self.mask[slots, 0, frame].flatten(1)
-        score = torch.rand(mask.shape, generator=draw.generator, device=device)
-        seek = torch.rand(stage.batch, 1, generator=draw.generator, device=device) < stage.character_crops
-        pixel = (score + mask * seek).argmax(1)
-        jitter = torch.rand(2, stage.batch, generator=draw.generator, device=device) - 0.5
-        top = pixel // self.width - stage.height * (0.5 + 0.7 * jitter[0])
-        left = pixel % self.width - stage.width * (0.5 + 0.7 * jitter[1])
-        return top.long().clamp(0, self.height - stage.height), left.long().clamp(0, self.width - stage.width)
+def _corners(mask_B1THW: torch.Tensor, stage: Stage, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top and left of each crop, int64 [B], inside the picture."""
+    height, width = mask_B1THW.shape[3:]
+    frame = int(torch.randint(stage.frames, (1,), generator=draw.host))
+    mask = mask_B1THW[:, 0, frame].flatten(1)
+    score = torch.rand(mask.shape, generator=draw.generator, device=mask.device)
+    seek = torch.rand(stage.batch, 1, generator=draw.generator, device=mask.device) < stage.character_crops
+    pixel = (score + mask * seek).argmax(1)
+    jitter = 0.5 + 0.7 * (torch.rand(2, stage.batch, generator=draw.generator, device=mask.device) - 0.5)
+    top, left = pixel // width - stage.height * jitter[0], pixel % width - stage.width * jitter[1]
+    return top.long().clamp(0, height - stage.height), left.long().clamp(0, width - stage.width)

@@ -1,0 +1,51 @@
+"""torch.compile for a transformer whose attention stays outside the graph.
+
+Blocks are compiled one by one (they share one graph); attention itself is a handful of library calls per chunk and is left alone, except that
+the rotation before it, a chain of small elementwise passes, becomes a graph of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch._dynamo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..cache.attend import TeacherForced
+from ..ops.rope import apply_rope
+
+GRAPHS = 64  # compiled variants per function; the default of 8 is fewer than the shapes of a run
+
+
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compiles every block in place. `layer` numbers and prompts' lengths may vary without compiling again."""
+    torch._dynamo.config.recompile_limit = GRAPHS
+    for block in blocks:
+        block.compile()
+
+
+def checkpoint_blocks(blocks: nn.ModuleList) -> None:
+    """Recomputes the activations of every block in the backward pass instead of keeping them."""
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward):
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class RotatedAhead:
+    """A TeacherForced strategy whose rotation a compiler may fuse and whose attention it leaves alone."""
+
+    def __init__(self, attend: TeacherForced):
+        self.rope, attend.rope = attend.rope, None
+        self.attend = attend
+
+    def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
+        if q is None or self.rope is None:
+            return self._read(q, k, v, layer)
+        return self._read(apply_rope(q, *self.rope), apply_rope(k, *self.rope), v, layer)
+
+    @torch.compiler.disable
+    def _read(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
+        return self.attend(q, k, v, layer)
