@@ -69,7 +69,7 @@ class Reader:
 
     def text(self, node, what: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null") or not node.value.strip():
-            self.fail(node, f"{what} is empty; write a text" if isinstance(node, yaml.ScalarNode) else f"{what} must be a text (use quotes around {{...}})")
+            self.fail(node, f"{what} is empty; write a text" if isinstance(node, yaml.ScalarNode) else f"{what} must be a text (quote {{...}})")
         return node.value.strip()
 
     def number(self, node, what: str, kind: type, low: float) -> float:
@@ -109,7 +109,7 @@ def _storyboard(reader: Reader, root, chunk_frames: int) -> Storyboard:
     shots = tuple(_shot(reader, node, characters, chunk_frames) for node in reader.sequence(keys["shots"], "shots"))
     timed = [shot.chunks is not None for shot in shots]
     if any(timed) and not all(timed):
-        reader.fail(keys["shots"].value[timed.index(False)], "this shot has no duration and others have one; give chunks or seconds to all or to none")
+        reader.fail(keys["shots"].value[timed.index(False)], "this shot has no duration and others have one; give it to all or to none")
     if "image" in keys and "video" in keys:
         reader.fail(keys["video"], "a film starts from an image or goes on from a video, not both")
     if shots[0].image and ("image" in keys or "video" in keys):

@@ -1,0 +1,232 @@
+"""Latents -> frames while the next chunk is being generated.
+
+A stage takes chunks in order and gives frames in order: `submit(z)`, then `collect()` what is ready, `drain()` for the rest. Frames are uint8
+on the host, converted where they were decoded, so that a quarter of the bytes travels. At most `DEPTH` chunks are under way; a failure
+surfaces at the next call. The stream state of the VAE is explicit: `state()` finishes what is under way and returns a copy.
+
+Stages: Inline (any device), SideStream (same GPU, second stream), OtherDevice (own thread and GPU), NoDecode (latents only).
+Legend: B batch, C latent channels, F latent frames, T pixel frames, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from typing import Protocol
+
+import torch
+
+DEPTH = 2
+
+
+class DecodeStage(Protocol):
+    """Decodes one film's stream of chunks. Frames come out as uint8 [B, T, H, W, 3] on the host, or None where nothing is decoded."""
+
+    def submit(self, z_BFCHW: torch.Tensor) -> None: ...
+
+    def collect(self) -> list[torch.Tensor | None]: ...
+
+    def drain(self) -> list[torch.Tensor | None]: ...
+
+    def state(self): ...
+
+    def restore(self, state) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoDecode:
+    """Latents only."""
+
+    def __init__(self):
+        self.waiting = 0
+
+    def submit(self, z_BFCHW: torch.Tensor) -> None:
+        self.waiting += 1
+
+    def collect(self) -> list[None]:
+        ready, self.waiting = [None] * self.waiting, 0
+        return ready
+
+    drain = collect
+
+    def state(self) -> None:
+        return None
+
+    def restore(self, state) -> None:
+        self.waiting = 0
+
+    def close(self) -> None:
+        return None
+
+
+class Inline:
+    """Decodes in place, at once, on the codec's device."""
+
+    def __init__(self, codec):
+        self.codec, self.device = codec, codec.device
+        self.stream = None
+        self.ready: deque[torch.Tensor] = deque()
+
+    @torch.no_grad()
+    def decode(self, z_BFCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, T, H, W, 3] on the codec's device; advances the stream."""
+        parts = []
+        for self.stream, pixels_BCTHW in self.codec.decode_groups(self.stream, z_BFCHW):
+            parts.append(self.codec.to_uint8(pixels_BCTHW))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def submit(self, z_BFCHW: torch.Tensor) -> None:
+        self.ready.append(self.decode(z_BFCHW).cpu())
+
+    def collect(self) -> list[torch.Tensor]:
+        ready = list(self.ready)
+        self.ready.clear()
+        return ready
+
+    drain = collect
+
+    def state(self):
+        return None if self.stream is None else self.stream.clone()
+
+    def restore(self, state) -> None:
+        self.ready.clear()
+        self.stream = None if state is None else state.clone()
+
+    def close(self) -> None:
+        self.stream = None
+
+
+class SideStream(Inline):
+    """The same GPU, a second stream: decoding overlaps the next chunk. Two pinned buffers are reused in turn."""
+
+    def __init__(self, codec):
+        super().__init__(codec)
+        self.side = torch.cuda.Stream(device=self.device)
+        self.under_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self.pinned: list[torch.Tensor | None] = [None] * DEPTH
+        self.turn = 0
+
+    def submit(self, z_BFCHW: torch.Tensor) -> None:
+        if len(self.under_way) == DEPTH:
+            self._finish_one()
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            frames = self.decode(z_BFCHW)
+            host = self._buffer(frames)
+            host.copy_(frames, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self.side)
+        if z_BFCHW.is_cuda:
+            z_BFCHW.record_stream(self.side)  # its memory may be reused only after the decode has read it
+        self.under_way.append((host, done))
+
+    def _buffer(self, frames: torch.Tensor) -> torch.Tensor:
+        self.turn = (self.turn + 1) % DEPTH
+        buffer = self.pinned[self.turn]
+        if buffer is None or buffer.numel() < frames.numel():
+            buffer = self.pinned[self.turn] = torch.empty(frames.numel(), dtype=torch.uint8, pin_memory=True)
+        return buffer[: frames.numel()].view(frames.shape)
+
+    def _finish_one(self) -> None:
+        host, done = self.under_way.popleft()
+        done.synchronize()
+        self.ready.append(host.clone())
+
+    def collect(self) -> list[torch.Tensor]:
+        while self.under_way and self.under_way[0][1].query():
+            self._finish_one()
+        return super().collect()
+
+    def drain(self) -> list[torch.Tensor]:
+        while self.under_way:
+            self._finish_one()
+        return super().collect()
+
+    def state(self):
+        self.side.synchronize()
+        return super().state()
+
+    def restore(self, state) -> None:
+        self.side.synchronize()
+        self.under_way.clear()
+        super().restore(state)
+
+    def close(self) -> None:
+        self.side.synchronize()
+        self.under_way.clear()
+        super().close()
+
+
+class OtherDevice:
+    """A second device with a thread of its own. The queue holds at most `DEPTH` chunks; then `submit` waits."""
+
+    def __init__(self, codec):
+        self.worker = Inline(codec)
+        self.jobs: queue.Queue = queue.Queue(maxsize=DEPTH)
+        self.done: queue.Queue = queue.Queue()
+        self.pending, self.failure = 0, None
+        self.thread = threading.Thread(target=self._work, name="longlive-decode", daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            z_BFCHW, produced = job
+            try:
+                if self.failure is None:
+                    if produced is not None:
+                        produced.synchronize()
+                    self.done.put(self.worker.decode(z_BFCHW).cpu())
+            except BaseException as error:  # handed over to the thread that generates, which raises it
+                self.failure = error
+            finally:
+                self.jobs.task_done()
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def submit(self, z_BFCHW: torch.Tensor) -> None:
+        self._raise_failure()
+        produced = None
+        if z_BFCHW.is_cuda:
+            produced = torch.cuda.Event()
+            produced.record(torch.cuda.current_stream(z_BFCHW.device))
+        self.jobs.put((z_BFCHW, produced))
+        self.pending += 1
+
+    def collect(self) -> list[torch.Tensor]:
+        self._raise_failure()
+        ready = []
+        while not self.done.empty():
+            ready.append(self.done.get())
+        self.pending -= len(ready)
+        return ready
+
+    def drain(self) -> list[torch.Tensor]:
+        self.jobs.join()
+        return self.collect()
+
+    def state(self):
+        self.jobs.join()
+        self._raise_failure()
+        return self.worker.state()
+
+    def restore(self, state) -> None:
+        self.jobs.join()
+        self.collect()
+        self.worker.restore(state)
+
+    def close(self) -> None:
+        self.jobs.put(None)
+        self.thread.join()
+        self.worker.close()
+
+
+STAGES = {"inline": Inline, "side-stream": SideStream, "other-device": OtherDevice}
+
+
+def decode_stage(kind: str, codec) -> DecodeStage:
+    """A fresh stage for one film: "inline", "side-stream", "other-device", or "none"."""
+    return NoDecode() if kind == "none" else STAGES[kind](codec)

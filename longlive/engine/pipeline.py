@@ -1,0 +1,160 @@
+"""Everything that a film needs and that does not change while it is made: networks, text encoder, size, rollout settings.
+
+A `Pipeline` is a plain record of parts, so that tests and training build one from modules they already have. `Pipeline.load` is the
+canonical order of the project, in one function: check -> build on meta -> load -> (merge LoRA) -> convert precision -> place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..core.errors import InputError
+from ..core.geometry import Geometry
+from ..core.story import SCENE_CUT_PREFIX
+from ..models.spec import ModelSpec, model_spec
+from .decode import DecodeStage, decode_stage
+from .rollout import RolloutSettings
+from .session import Request, Session
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    """The parts. `decode_kind` is "inline", "side-stream" or "other-device" (see `engine.decode`).
+
+    dit on `device` in `dtype`; codec on its own device in its own dtype; `text_encoder.encode(prompts)` gives [n_i, text_dim] each.
+    `weights` says where the weights came from (part -> path), for the receipt; `tag` is the last word of file names.
+    """
+
+    spec: ModelSpec
+    dit: torch.nn.Module
+    codec: object
+    text_encoder: object
+    geometry: Geometry
+    settings: RolloutSettings
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    negative_prompt: str = ""
+    scene_cut_prefix: str = SCENE_CUT_PREFIX
+    decode_kind: str = "inline"
+    weights: dict[str, str] = field(default_factory=dict)
+    tag: str = "regular"
+
+    @classmethod
+    def load(cls, config, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
+        """The pipeline that a `Config` describes, with its weights. Raises InputError before any weight is read where it can."""
+        from ..config import availability
+        from .parts import load_codec, load_dit, load_text_encoder
+
+        availability(config, "generate")
+        device = choose_device(config, device)
+        dtype = dtype or choose_dtype(config, device)
+        kind, place = decode_place(config, device)
+        parts = cls.unloaded(config, device, dtype, kind)
+        dit, dit_path = load_dit(config, parts.spec, device, dtype)
+        codec, vae_path = load_codec(config, parts.spec, place)
+        encoder, text_path = load_text_encoder(parts.spec, device, dtype)
+        paths = {"generator": dit_path, "vae": vae_path, "text_encoder": text_path}
+        return replace(parts, dit=dit, codec=codec, text_encoder=encoder, weights={part: str(path) for part, path in paths.items() if path})
+
+    @classmethod
+    def unloaded(cls, config, device: torch.device, dtype: torch.dtype, decode_kind: str = "inline") -> "Pipeline":
+        """Everything but the networks; no file is read."""
+        _, _, _, height, width = config.data.image_or_video_shape
+        return cls(
+            spec=model_spec(config.model_kwargs.model_name),
+            dit=None,
+            codec=None,
+            text_encoder=None,
+            geometry=Geometry.of_latent(height, width),
+            settings=rollout_settings(config),
+            device=device,
+            dtype=dtype,
+            negative_prompt=config.inference.negative_prompt,
+            scene_cut_prefix=config.data.scene_cut_prefix,
+            decode_kind=decode_kind,
+            tag="ema" if config.inference.use_ema else "regular",
+        )
+
+    def at_size(self, geometry: Geometry) -> "Pipeline":
+        """The same networks for films of another size."""
+        return replace(self, geometry=geometry)
+
+    def session(self, request: Request) -> Session:
+        """A fresh session for `request`."""
+        return Session(self, request)
+
+    def decode_stage(self) -> DecodeStage:
+        """A fresh decoder of one film's (or one batch's) stream."""
+        return decode_stage(self.decode_kind, self.codec)
+
+
+def rollout_settings(config) -> RolloutSettings:
+    """The rollout settings that a `Config` describes."""
+    i, m = config.inference, config.model_kwargs
+    return RolloutSettings(
+        chunk_frames=m.num_frame_per_block,
+        window_frames=i.local_attn_size,
+        sink_frames=i.sink_size,
+        multi_shot=i.multi_shot_sink,
+        shot_offset=i.multi_shot_rope_offset,
+        recache=i.shot_clean_recache,
+        relative=i.use_relative_rope,
+        t_scale=i.inference_t_scale,
+        steps=i.sampling_steps,
+        shift=m.timestep_shift,
+        guidance=i.guidance_scale,
+    )
+
+
+def choose_device(config, device: str | torch.device | None = None) -> torch.device:
+    """`device`, or what the configuration names; auto takes the GPU where there is one. Raises InputError for a GPU that is not there."""
+    from ..core.log import launch_rank
+
+    name = str(device or config.inference.device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{launch_rank()[2]}"
+    return present(named_device(name, "inference.device"), "inference.device")
+
+
+def named_device(name: str, key: str) -> torch.device:
+    """The device of that name. Raises InputError for a word that names none."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{key} = {name!r} is no device; use cpu, cuda or cuda:N") from None
+
+
+def present(device: torch.device, key: str) -> torch.device:
+    """`device`, if this machine has it."""
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{key} = {device}: this machine has {torch.cuda.device_count()} GPUs; use cpu, or one that is there")
+    return device
+
+
+def choose_dtype(config, device: torch.device) -> torch.dtype:
+    """The precision that the configuration names; auto is bfloat16 on a GPU, float32 on a CPU."""
+    name = config.inference.dtype
+    return DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def decode_place(config, device: torch.device) -> tuple[str, torch.device]:
+    """How and where frames are decoded (spec inference §6). `vae_device` and `async_vae` count only with `streaming_vae`.
+
+    Decoding is always chunk by chunk, which gives the same frames as decoding at the end and needs constant memory.
+    """
+    i = config.inference
+    if i.streaming_vae and i.vae_device:
+        place = present(named_device(i.vae_device, "inference.vae_device"), "inference.vae_device")
+        if place.type == "cuda" and device.type == "cuda" and place != device:
+            return "other-device", place
+        if place.type != device.type:
+            return "other-device", place
+    if i.streaming_vae and i.async_vae and device.type == "cuda":
+        return "side-stream", device
+    return "inline", device

@@ -1,0 +1,196 @@
+"""Sessions: the same film however it is batched, interrupted, copied or decoded."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from longlive.core.errors import InputError
+from longlive.core.story import Shot, Storyboard
+from longlive.engine.decode import DEPTH, OtherDevice
+from longlive.engine.session import Request
+from tiny_pipeline import random_pipeline
+
+STORY = Storyboard(shots=(Shot(prompt="a red circle", chunks=2), Shot(prompt="a blue star", chunks=2)), name="story")
+OTHER = Storyboard(shots=(Shot(prompt="a long green meadow", chunks=1), Shot(prompt="night", chunks=3)), name="other")
+
+
+def film(pipeline, *boards, **request):
+    with pipeline.session(Request(storyboards=boards, **request)) as session:
+        return list(session)
+
+
+def latents(chunks, sample=0):
+    return torch.cat([c.latents_BFCHW[sample] for c in chunks])
+
+
+def frames(chunks, sample=0):
+    return torch.cat([c.frames[sample] for c in chunks])
+
+
+def test_a_film_has_one_plus_four_frames_per_latent(pipeline):
+    chunks = film(pipeline, STORY)
+    assert [c.frames.shape[1] for c in chunks] == [5, 8, 8, 8]
+    assert chunks[0].frames.dtype == torch.uint8 and chunks[0].frames.shape[2:] == (32, 64, 3)
+    assert [c.plans[0].cut for c in chunks] == [False, False, True, False]
+    assert chunks[2].plans[0].prompt == "The scene transitions. a blue star"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_prompts_in_a_batch_equal_the_same_prompts_alone(guidance):
+    pipeline = random_pipeline(guidance=guidance)
+    both = film(pipeline, STORY, OTHER, samples=2, seed=5, indices=(3, 8))
+    for index, board in ((3, STORY), (8, OTHER)):
+        row = 0 if index == 3 else 2
+        alone = film(pipeline, board, samples=2, seed=5, indices=(index,))
+        for sample in (0, 1):
+            torch.testing.assert_close(latents(both, row + sample), latents(alone, sample), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(latents(both, 0), latents(both, 1))
+
+
+def test_streamed_frames_equal_decoding_the_whole_film(pipeline):
+    chunks = film(pipeline, STORY)
+    whole = pipeline.codec.to_uint8(pipeline.codec.decode(latents(chunks)[None]))[0]
+    assert (whole.int() - frames(chunks).int()).abs().max() <= 1
+
+
+def test_the_seed_of_a_storyboard_wins(pipeline):
+    from dataclasses import replace
+
+    first = latents(film(pipeline, STORY, seed=4, decode=False))
+    assert torch.equal(first, latents(film(pipeline, replace(STORY, seed=4), seed=9, decode=False)))
+    assert not torch.equal(first, latents(film(pipeline, STORY, seed=9, decode=False)))
+
+
+@pytest.mark.parametrize("kind", ["inline", "other-device"])
+def test_a_snapshot_is_exact(kind):
+    pipeline = random_pipeline()
+    pipeline.decode_kind = kind
+    with pipeline.session(Request(storyboards=(STORY,))) as session:
+        next(session)
+        copy = session.snapshot()
+        first = list(session)
+        session.restore(copy)
+        session.set_prompt("something else")
+        assert not torch.equal(latents(first), latents(list(session)))
+        session.restore(copy)
+        again = list(session)
+    with pipeline.session(Request(storyboards=(STORY,))) as another:
+        another.restore(copy)
+        elsewhere = list(another)
+    for chunks in (again, elsewhere):
+        assert torch.equal(latents(first), latents(chunks)) and torch.equal(frames(first), frames(chunks))
+
+
+def test_steering_between_chunks(pipeline):
+    with pipeline.session(Request(storyboards=(STORY,), decode=False)) as session:
+        next(session)
+        session.set_prompt("a green square")
+        session.add_shot("the end", chunks=1)
+        plans = [c.plans[0] for c in session]
+    assert [p.prompt for p in plans] == ["a green square", "The scene transitions. a blue star", "a blue star", "The scene transitions. the end"]
+    assert [p.cut for p in plans] == [False, True, False, True]
+    longer = Storyboard(shots=(*STORY.shots, Shot(prompt="the end", chunks=1)))
+    with pipeline.session(Request(storyboards=(STORY,), decode=False)) as session:
+        list(session)
+        session.add_shot("the end", chunks=1)
+        added = list(session)
+    assert torch.equal(latents(added), film(pipeline, longer, decode=False)[-1].latents_BFCHW[0])
+
+
+def test_cancel_keeps_what_is_finished(pipeline):
+    with pipeline.session(Request(storyboards=(STORY,))) as session:
+        next(session)
+        session.cancel()
+        assert list(session) == []
+
+
+def test_an_image_is_the_first_frame_and_a_clip_goes_on(pipeline, tmp_path):
+    from dataclasses import replace
+
+    import numpy as np
+    from PIL import Image
+
+    path = tmp_path / "start.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)).save(path)
+    from longlive.data.images import load_image
+
+    z = pipeline.codec.encode(load_image(path, pipeline.geometry)[None, :, None])
+    chunks = film(pipeline, replace(STORY, image=str(path)), samples=2)
+    for sample in (0, 1):
+        assert torch.equal(latents(chunks, sample)[:1], z[0])
+    inside = Storyboard(shots=(STORY.shots[0], replace(STORY.shots[1], image=str(path))))
+    plain = film(pipeline, STORY, decode=False)
+    given = film(pipeline, inside, decode=False)
+    assert torch.equal(latents(plain)[:4], latents(given)[:4]) and not torch.equal(latents(plain)[4], latents(given)[4])
+
+
+def test_a_clip_that_fills_the_film_leaves_nothing_to_make(pipeline, tmp_path):
+    from dataclasses import replace
+
+    from longlive.engine.sinks import Mp4Sink
+
+    sink = Mp4Sink(tmp_path / "clip.mp4")
+    clip = torch.randint(0, 255, (15, 32, 64, 3), dtype=torch.uint8)
+    sink.write(clip)
+    sink.close()
+    board = replace(STORY, video=str(tmp_path / "clip.mp4"))
+    chunks = film(pipeline, board)
+    from longlive.data.videos import load_clip
+
+    pixels = load_clip(tmp_path / "clip.mp4", pipeline.geometry, 13)
+    torch.testing.assert_close(latents(chunks)[:4], pipeline.codec.encode(pixels[None])[0])
+    with pytest.raises(InputError, match="nothing is left"):
+        film(pipeline, board, chunks=2)
+
+
+def test_requests_that_cannot_be_one_batch(pipeline):
+    short = Storyboard(shots=(Shot(prompt="x", chunks=1),))
+    with pytest.raises(InputError, match="1 and 4 chunks"):
+        film(pipeline, STORY, short)
+    with pytest.raises(InputError):
+        Request(storyboards=(), samples=1)
+    with pytest.raises(InputError, match="no duration"):
+        film(pipeline, Storyboard(shots=(Shot(prompt="x"),)))
+
+
+class SlowCodec:
+    """Counts what is under way; fails at chunk `fail_at`."""
+
+    def __init__(self, fail_at=None):
+        self.device, self.calls, self.fail_at = torch.device("cpu"), 0, fail_at
+
+    def decode_groups(self, state, z):
+        time.sleep(0.02)
+        if self.calls == self.fail_at:
+            raise InputError("the decoder broke")
+        self.calls += 1
+        yield None, z
+
+    def to_uint8(self, pixels):
+        return pixels.to(torch.uint8)
+
+
+def test_the_other_device_keeps_order_and_bounds_its_queue():
+    codec = SlowCodec()
+    stage = OtherDevice(codec)
+    submitted, given = 0, []
+    for index in range(8):
+        stage.submit(torch.full((1, 1), index))
+        submitted += 1
+        assert submitted - codec.calls <= DEPTH + 2
+        given += stage.collect()
+    given += stage.drain()
+    stage.close()
+    assert [int(f[0, 0]) for f in given] == list(range(8)) and not stage.thread.is_alive()
+
+
+def test_a_failing_decoder_surfaces_at_the_next_chunk():
+    stage = OtherDevice(SlowCodec(fail_at=1))
+    with pytest.raises(InputError, match="the decoder broke"):
+        for index in range(8):
+            stage.submit(torch.full((1, 1), index))
+            stage.collect()
+    stage.close()
+    assert threading.active_count() < 50
