@@ -1,0 +1,98 @@
+"""The documented scripts whose engines come with later versions: their flags are read and checked, then they say what is missing.
+
+Each is a typer application of one command, run by a file in scripts/ of the same name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import load_config
+from ..core.errors import InputError, NotAvailable
+from .app import run
+
+
+def script(name: str) -> typer.Typer:
+    """An application for one command, as the entry scripts use it."""
+    return typer.Typer(name=name, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+ConfigPath = Annotated[Path, typer.Option("--config_path", help="YAML configuration.")]
+OutputPath = Annotated[Path, typer.Option("--output_path", help="Checkpoint to write.")]
+Generator = Annotated[str | None, typer.Option("--generator_ckpt", help="Instead of checkpoints.generator_ckpt.")]
+Lora = Annotated[str | None, typer.Option("--lora_ckpt", help="Instead of checkpoints.lora_ckpt.")]
+Device = Annotated[str, typer.Option("--device", help="Device to work on.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")]
+
+merge_lora = script("merge_lora_generator")
+save_nvfp4 = script("save_merged_nvfp4_generator")
+halo_windows = script("compute_sp_vae_chunk_halo")
+
+
+def _checkpoint_pair(config_path: Path, generator_ckpt: str | None, lora_ckpt: str | None, need_lora: bool) -> None:
+    """Checks that the configuration and flags name what a merge needs."""
+    config = load_config(config_path)
+    if not (generator_ckpt or config.checkpoints.generator_ckpt):
+        raise InputError(f"{config_path}: checkpoints.generator_ckpt is not set; set it, or give --generator_ckpt")
+    if need_lora and not (lora_ckpt or config.checkpoints.lora_ckpt):
+        raise InputError(f"{config_path}: checkpoints.lora_ckpt is not set; set it, or give --lora_ckpt")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} {value!r} is none of {', '.join(allowed)}")
+
+
+@merge_lora.command()
+def merge(
+    config_path: ConfigPath,
+    output_path: OutputPath,
+    generator_ckpt: Generator = None,
+    lora_ckpt: Lora = None,
+    device: Device = "cuda:0",
+    dtype: Dtype = "bf16",
+) -> None:
+    """Merge a base generator and a LoRA into one checkpoint."""
+    _choice("--dtype", dtype, ("bf16", "fp32"))
+    _checkpoint_pair(config_path, generator_ckpt, lora_ckpt, need_lora=True)
+    raise NotAvailable("merging LoRA weights", "it comes with LoRA and distillation; until then use a checkpoint that is already merged")
+
+
+@save_nvfp4.command()
+def save(
+    config_path: ConfigPath,
+    output_path: OutputPath,
+    backend: Annotated[str, typer.Option("--backend", help="fouroversix (packed weights) or transformer_engine (merged bf16).")] = "fouroversix",
+    generator_ckpt: Generator = None,
+    lora_ckpt: Lora = None,
+    no_merge_lora: Annotated[bool, typer.Option("--no_merge_lora", help="Leave the LoRA out.")] = False,
+    device: Device = "cuda:0",
+    dtype: Dtype = "bf16",
+) -> None:
+    """Save a merged generator for NVFP4 inference."""
+    _choice("--backend", backend, ("fouroversix", "transformer_engine"))
+    _choice("--dtype", dtype, ("bf16", "fp32"))
+    _checkpoint_pair(config_path, generator_ckpt, lora_ckpt, need_lora=False)
+    raise NotAvailable("exporting NVFP4 checkpoints", "it comes with quantisation; until then run the bf16 weights")
+
+
+@halo_windows.command()
+def windows(
+    config_path: Annotated[Path, typer.Option("--config", help="YAML training configuration.")],
+    sp_size: Annotated[int | None, typer.Option("--sp-size", help="Instead of infra.sequence_parallel_size.")] = None,
+    halo_latents: Annotated[int | None, typer.Option("--halo-latents", help="Instead of infra.vae_halo_latents.")] = None,
+    latent_frames: Annotated[int | None, typer.Option("--latent-frames", help="Instead of data.image_or_video_shape[1].")] = None,
+    raw_frames: Annotated[int | None, typer.Option("--raw-frames", help="Pixel frames instead of latent frames.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which frames each rank encodes in sequence-parallel training."""
+    load_config(config_path)
+    raise NotAvailable("sequence-parallel VAE encoding", "it comes with training on several GPUs; until then train with sequence_parallel_size: 1")
+
+
+def main(application: typer.Typer) -> None:
+    """Runs one script and exits with its code."""
+    raise SystemExit(run(application))
