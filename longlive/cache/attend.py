@@ -129,9 +129,7 @@ def film_frames(tokens: Tokens) -> list[int]:
     restart = next((i for i in range(1, len(chunk)) if chunk[i] < chunk[i - 1] or noisy[i] != noisy[i - 1]), len(chunk))
     copies = len(chunk) // restart
     if chunk != chunk[:restart] * copies or noisy != [i >= restart for i in range(len(chunk))]:
-        raise InputError(
-            f"a training sequence is [clean film; noisy copy; ...] with the same chunks in each copy; got chunks {chunk}, noisy {noisy}"
-        )
+        raise InputError(f"a training sequence is [clean film; noisy copy; ...] with the same chunks in each copy; got chunks {chunk}, noisy {noisy}")
     return chunk[:restart]
 
 

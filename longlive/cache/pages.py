@@ -14,9 +14,7 @@ import torch
 class Pages:
     """Dense store: per layer k and v [B, P, L, H, d] in the dtype they are given in."""
 
-    def __init__(
-        self, layers: int, batch: int, pages: int, page_tokens: int, heads: int, head_dim: int, *, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, layers: int, batch: int, pages: int, page_tokens: int, heads: int, head_dim: int, *, device: torch.device, dtype: torch.dtype):
         shape = (batch, pages, page_tokens, heads, head_dim)
         # Zeros, not empty: a slot that is masked may not hold a NaN.
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]

@@ -59,9 +59,7 @@ class RolloutSettings:
     def __post_init__(self):
         f = self.chunk_frames
         if self.sink_frames not in (0, f):
-            raise InputError(
-                f"sink_size({self.sink_frames}) != num_frame_per_block({f}): a sink is whole pages of one chunk; use 0 or {f}"
-            )
+            raise InputError(f"sink_size({self.sink_frames}) != num_frame_per_block({f}): a sink is whole pages of one chunk; use 0 or {f}")
         if self.window_frames != -1 and (self.window_frames < f or self.window_frames % f):
             near = max(1, round(self.window_frames / f)) * f
             raise InputError(

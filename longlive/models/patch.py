@@ -18,6 +18,4 @@ def patchify(z_BFCHW: torch.Tensor) -> torch.Tensor:
 
 def unpatchify(y_BNc: torch.Tensor, frames: int, token_height: int, token_width: int) -> torch.Tensor:
     """Head output to latents z_BFCHW; the head's features are in the order (row, column, C)."""
-    return rearrange(
-        y_BNc, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=token_height, w=token_width, p=PATCH, q=PATCH
-    )
+    return rearrange(y_BNc, "b (f h w) (p q c) -> b f c (h p) (w q)", f=frames, h=token_height, w=token_width, p=PATCH, q=PATCH)

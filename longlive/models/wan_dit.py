@@ -261,9 +261,7 @@ class WanDiT(nn.Module):
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             keys_only = until == "kv" and layer == last
-            x, kv = block(
-                x, level, tokens.prompt_BG, text.text_RMD, text.bias_RM, text.kept(layer), attend, layer, keys_only=keys_only
-            )
+            x, kv = block(x, level, tokens.prompt_BG, text.text_RMD, text.bias_RM, text.kept(layer), attend, layer, keys_only=keys_only)
             text.keep(layer, kv)
         return None if until == "kv" else self.head(x, e_BGD)
 

@@ -27,9 +27,7 @@ def axis_angles(position: torch.Tensor, pairs: int) -> torch.Tensor:
     return position.to(torch.float64).unsqueeze(-1) * THETA ** (-j / pairs)
 
 
-def rope_tables(
-    tokens: Tokens, head_dim: int, *, t_scale: float = 1.0, position_BF: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(tokens: Tokens, head_dim: int, *, t_scale: float = 1.0, position_BF: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [B, N, d2], float32 rounded from float64, for every token of `tokens`.
 
     `position_BF` replaces the tokens' temporal positions (any number of frames); both are multiplied by `t_scale`.

@@ -48,7 +48,8 @@ def _train(config: dict[str, Any], given: dict[str, torch.Tensor]) -> dict[str, 
     index = table.nearest(given["timestep"])
     sigma = table.sigmas[index]
     noisy = add_noise(x0, noise, sigma)
-    following = torch.cat((table.sigmas, torch.zeros(1)))[index + 1]
+    # The Euler steps were recorded from as many entries, spread evenly over all but the last.
+    euler = torch.linspace(0, config["steps"] - 2, len(index)).long()
     return {
         "sigmas": table.sigmas,
         "timesteps": table.timesteps,
@@ -58,8 +59,8 @@ def _train(config: dict[str, Any], given: dict[str, torch.Tensor]) -> dict[str, 
         "flow_from_x0": velocity_from_x0(noisy, x0, sigma),
         "training_weight": table.weights[index],
         "training_target": velocity_target(x0, noise),
-        "euler_timestep": table.timesteps[index],
-        "euler_step": x0 + flow * (following - sigma).reshape(-1, *[1] * (x0.dim() - 1)),
+        "euler_timestep": table.timesteps[euler],
+        "euler_step": x0 + flow * (table.sigmas[euler + 1] - table.sigmas[euler]).reshape(-1, *[1] * (x0.dim() - 1)),
     }
 
 
