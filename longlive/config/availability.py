@@ -10,7 +10,7 @@ GENERATE, TRAIN = "generate", "train"
 
 def availability(config: Config, purpose: str) -> None:
     """Raises NotAvailable for the first setting of `config` that `purpose` ("generate" or "train") cannot serve."""
-    for used, feature, remedy in [*_everywhere(config), *(_generate(config) if purpose == GENERATE else _train(config))]:
+    for used, feature, remedy in [*(_generate(config) if purpose == GENERATE else _train(config)), *_everywhere(config)]:
         if used:
             raise NotAvailable(feature, remedy)
 

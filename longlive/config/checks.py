@@ -106,6 +106,8 @@ def _training(c: Config) -> str | None:
     t = c.training
     if c.algorithm.trainer == "score_distillation" and not t.min_num_training_frames <= t.num_training_frames:
         return f"min_num_training_frames({t.min_num_training_frames}) > num_training_frames({t.num_training_frames}); swap them"
+    if not t.max_iters and not t.max_seconds:
+        return "training.max_iters(0) and training.max_seconds(0.0): the run would never end; set one of them"
     if c.world.min_shots > c.world.max_shots:
         return f"world.min_shots({c.world.min_shots}) > world.max_shots({c.world.max_shots}); swap them"
     if c.data.min_latent_frames % n:
