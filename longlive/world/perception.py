@@ -22,7 +22,7 @@ PALETTE_REACH = 85.0  # 8-bit RGB distance beyond which a pixel has no palette c
 BACKGROUND_COLOURS = 14  # per setting
 PROFILE_ROWS = 12
 BLOB_REACH = 74.0  # pixels: nothing of a character is farther from its centre
-LEAST_AREA = 200.0  # pixels of its own colour that a character shows at least, averaged over a shot
+LEAST_AREA = 120.0  # pixels of its own colour that a character shows at least, averaged over a shot
 CUT_STEP, CUT_RATIO = 0.045, 2.5
 
 
