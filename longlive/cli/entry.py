@@ -102,25 +102,16 @@ def _inference_config(path: Path, overrides: list[str], use_te: bool, no_te: boo
 
 def _generate(config, overwrite: bool) -> None:
     from ..core.log import launch_rank
-    from ..data.prompts import SourceSettings, read_path
     from ..engine.films import generate_films
+    from ..engine.sources import boards_for_inference
 
-    if config.data.data_path is None:
-        raise InputError(f"{config.source}: data.data_path is not set; set it to a prompts file or a folder of captions")
-    settings = SourceSettings(
-        chunk_frames=config.chunk_frames,
-        chunks_per_shot=config.data.chunks_per_shot,
-        i2v=config.algorithm.i2v or None,
-        allow_padding=config.data.allow_padding,
-        min_latent_frames=config.data.min_latent_frames,
-        uniform_prompt=config.data.uniform_prompt,
-        max_chunks_per_shot=config.data.max_chunks_per_shot,
-    )
-    boards = read_path(config.data.data_path, config.num_output_frames // config.chunk_frames, settings)
+    boards = boards_for_inference(config)
     rank, world, _ = launch_rank()
-    for files in generate_films(config, boards, config.output_folder, rank=rank, world=world, overwrite=overwrite, listener=_listener()):
-        typer.echo(f"wrote {files.film}")
+    if rank == 0:
+        from .progress import FilmProgress
 
-
-def _listener():
-    return None
+        with FilmProgress() as listener:
+            generate_films(config, boards, config.output_folder, rank=rank, world=world, overwrite=overwrite, listener=listener)
+        return
+    for files in generate_films(config, boards, config.output_folder, rank=rank, world=world, overwrite=overwrite):
+        typer.echo(str(files.film))
