@@ -1,0 +1,48 @@
+"""`longlive demo`: films of the example storyboards by the small model, each with its contact sheet and the judge's scores."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import InputError
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the `demo` command to the application."""
+    app.command("demo")(demo)
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with storyboards (*.yaml) in the words of the small world.")] = Path("examples"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where films and sheets go; films of an earlier demo are replaced.")] = Path(
+        "outputs/demo"
+    ),
+) -> None:
+    """Render every storyboard of FOLDER with the shipped small model and judge the films from their pixels."""
+    from ..config import default_config
+    from ..data.storyboard_file import read_storyboard
+    from ..engine.films import generate_films
+    from ..evaluation.contact_sheet import contact_sheet
+    from ..evaluation.film import judge_film, sheet_rows
+    from ..world.judge import Judge
+    from ..world.reader import read_story
+    from .progress import FilmProgress
+
+    paths = sorted(folder.glob("*.yaml"))
+    if not paths:
+        raise InputError(f"no storyboards (*.yaml) in {folder}; run it in the repository, or name a folder that holds some")
+    boards = [read_storyboard(path) for path in paths]
+    stories = [read_story(board) for board in boards]
+    judge, started = Judge.load(), time.perf_counter()
+    with FilmProgress() as listener:
+        films = generate_films(default_config("tiny"), boards, output, overwrite=True, listener=listener)
+    typer.echo(f"{len(films)} film{'s' * (len(films) > 1)}, {sum(film.frames for film in films)} frames, made in {time.perf_counter() - started:.0f} s")
+    for film in films:
+        story = stories[film.index]
+        typer.echo(f"contact sheet: {contact_sheet(film.film, sheet_rows(story), film.film.with_suffix('.png'))}")
+        scores = judge_film(film.film, story, judge)
+        typer.echo("judge: " + "  ".join(f"{name} {value:.2f}" for name, value in scores.items()))
