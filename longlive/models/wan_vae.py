@@ -366,11 +366,17 @@ class WanVAE(nn.Module):
         self.conv2 = Conv(dims.z_dim, dims.z_dim, (1, 1, 1))
         self.decoder = Decoder(dims)
 
+    def drop_encoder(self) -> None:
+        """Keeps the decoder only (checkpoints without encoder weights)."""
+        self.encoder = self.conv1 = None
+
     def encode(self, x_BCTHW: Tensor, state: VAEState | None = None, *, keep: bool = True) -> tuple[Tensor, Tensor, VAEState | None]:
         """Pixels [B,3,T,H,W] in [-1,1] -> (mu, logvar) [B,z,F,H/16,W/16] and the state.
 
         T is 1 + 4k at the start of a stream and 4k later; H and W are multiples of 16. Raises InputError otherwise.
         """
+        if self.encoder is None:
+            raise InputError("this VAE has no encoder weights: it only decodes; use vae_type wan to encode images or videos")
         T, H, W = x_BCTHW.shape[2:]
         check_clip(T, H, W, start=state is None)
         walk = Walk(state, keep=keep, spatial=self.spatial, pointwise=self.pointwise)

@@ -1,0 +1,92 @@
+"""VAE files -> a VAE or a codec: the Wan2.2 VAE, and LightVAE, the same graph with pruned widths (spec inference §5.5).
+
+The one idea: a file says its own widths. The full VAE, both LightVAE versions and the small model's VAE are one class, sized from the checkpoint;
+the pruning rate is a property of the file, not a setting. A file without encoder weights gives a decoder whose `encode` says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.errors import CheckpointError, InputError, nearest
+from .codec import VideoCodec, wan22_statistics
+from .sizes import shapes_of, vae_dims
+from .spec import WAN22_VAE, VAEDims
+from .wan_vae import WanVAE
+from .weights import StateFile, build_on_meta, load_into, native_state, read_state
+
+STATISTICS = ("latent_mean", "latent_std")
+ENCODER_PARTS = ("encoder.", "conv1.")
+FULL_WIDTH = WAN22_VAE.decoder_base * WAN22_VAE.multipliers[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEType:
+    """One value of the configuration key `vae_type`: its file, and the share of channels that is pruned away."""
+
+    path: str
+    rate: float = 0.0
+
+
+VAE_TYPES = {
+    "wan": VAEType(path="wan_models/Wan2.2-TI2V-5B/Wan2.2_VAE.pth"),
+    "mg_lightvae": VAEType(path="wan_models/Matrix-Game-3.0/MG-LightVAE.pth", rate=0.5),
+    "mg_lightvae_v2": VAEType(path="wan_models/Matrix-Game-3.0/MG-LightVAE_v2.pth", rate=0.75),
+}
+ALIASES = {"": "wan", "wan2.2": "wan"}
+
+
+def vae_type(name: str) -> VAEType:
+    """The entry for `vae_type`. Raises InputError that lists the names."""
+    key = ALIASES.get(name.lower(), name.lower())
+    if key not in VAE_TYPES:
+        close = nearest(key, VAE_TYPES)
+        raise InputError(f"unknown vae_type {name!r}{f'; did you mean {close!r}?' if close else ''} (known: {', '.join(VAE_TYPES)})")
+    return VAE_TYPES[key]
+
+
+def pruning_rate(tensors: dict[str, Tensor]) -> float:
+    """1 - (widest decoder channels) / 1024, from tensors under our names, within [0, 0.99]. Raises CheckpointError when there is no decoder."""
+    if "decoder.conv1.weight" not in tensors:
+        raise CheckpointError("the VAE file has no decoder.conv1.weight, so its width is unknown; check that it is a VAE file")
+    return min(0.99, max(0.0, round(1 - tensors["decoder.conv1.weight"].shape[0] / FULL_WIDTH, 6)))
+
+
+def read_vae(path: str | Path, asked: VAEDims = WAN22_VAE, *, device=None, dtype: torch.dtype | None = None) -> tuple[WanVAE, StateFile]:
+    """The VAE in the file at `path` in its own widths, without gradients, and what else the file holds (statistics, metadata).
+
+    `asked` gives what widths do not tell (depths). Native and diffusers-style names, any documented container. Raises CheckpointError.
+    """
+    state = native_state(read_state(path, kind="vae"), "vae")
+    extra = {name: state.tensors.pop(name) for name in STATISTICS if name in state.tensors}
+    dims = vae_dims(shapes_of(state.tensors), asked)
+    vae = build_on_meta(lambda: WanVAE(dims)).requires_grad_(False).eval()
+    if not any(name.startswith(ENCODER_PARTS) for name in state.tensors):
+        vae.drop_encoder()
+    load_into(vae, state, kind="vae", device=device, dtype=dtype)
+    return vae, StateFile(tensors=extra, metadata=state.metadata, path=state.path)
+
+
+def read_codec(path: str | Path, asked: VAEDims = WAN22_VAE, *, device=None, dtype: torch.dtype | None = None, group: int = 0) -> VideoCodec:
+    """A codec from a VAE file. Latent statistics come from the file (`latent_mean`, `latent_std` [K, C]); without them they are Wan2.2's."""
+    vae, extra = read_vae(path, asked, device=device, dtype=dtype)
+    present = [name for name in STATISTICS if name in extra.tensors]
+    if len(present) == 1:
+        raise CheckpointError(f"{path} has {present[0]} but not the other of {' and '.join(STATISTICS)}; save both")
+    mean, std = (extra.tensors[name].clone() for name in STATISTICS) if present else wan22_statistics()
+    return VideoCodec(vae, mean, std, group=group)
+
+
+def vae_codec(name: str = "wan", *, root: str | Path = "", path: str | Path | None = None, device=None, dtype=None, group: int = 0) -> VideoCodec:
+    """The codec of configuration key `vae_type`, from its documented place below `root`, or from `path`.
+
+    Where the original file is absent, the diffusers folder layout beside it (`vae/`) is taken. Raises CheckpointError.
+    """
+    place = Path(path) if path is not None else Path(root) / vae_type(name).path
+    if path is None and not place.exists() and (place.parent / "vae").is_dir():
+        place = place.parent / "vae"
+    return read_codec(place, device=device, dtype=dtype, group=group)
