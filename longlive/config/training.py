@@ -96,6 +96,7 @@ class Training(Section):
     error_recycling: ErrorRecycling = option(ErrorRecycling(), "train on the model's own errors")
     noisy_copies: int = option(1, "noisy copies that share one clean copy", ge=1)
     text_dropout: float = option(0.0, "share of samples with the empty prompt", ge=0, le=1)
+    i2v_prob: float = option(1.0, "with algorithm.i2v: share of samples whose first frame is given", ge=0, le=1)
     context_noise: float = option(0.0, "largest sigma of noise on clean context", ge=0, lt=1)
     context_noise_prob: float = option(0.0, "share of context chunks that get it", ge=0, le=1)
     position_gap: int = option(0, "largest gap in latent frames put between anchor or pin and the rest", ge=0)
