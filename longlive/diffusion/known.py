@@ -14,12 +14,15 @@ from ..core.errors import InputError
 
 
 class KnownFrames:
-    """The latents z [B or 1, K, C, H, W] that the film begins with; `part` cuts out what falls into a chunk."""
+    """Given latents z [B or 1, K, C, H, W] of the film's frames from `start` on; `part` cuts out what falls into a chunk.
 
-    def __init__(self, z_BFCHW: torch.Tensor):
+    `start` is the first frame of a chunk: 0 for a film that begins with them, later for a shot that does.
+    """
+
+    def __init__(self, z_BFCHW: torch.Tensor, start: int = 0):
         if z_BFCHW.dim() != 5:
             raise InputError(f"known frames are latents [batch, frames, channels, height, width]; got shape {tuple(z_BFCHW.shape)}")
-        self.z_BFCHW = z_BFCHW
+        self.z_BFCHW, self.start = z_BFCHW, start
 
     @property
     def frames(self) -> int:
@@ -27,7 +30,9 @@ class KnownFrames:
 
     def part(self, start: int, frames: int) -> "KnownFrames":
         """The known ones among the film's latent frames [start, start + frames); they are the first of the chunk."""
-        return KnownFrames(self.z_BFCHW[:, start : start + frames])
+        skip = start - self.start
+        stop = max(0, skip + frames) if skip >= 0 else 0
+        return KnownFrames(self.z_BFCHW[:, max(0, skip) : stop], start)
 
     def clamp(self, x_BFCHW: torch.Tensor) -> torch.Tensor:
         """`x_BFCHW` with its first K frames replaced by the known ones."""

@@ -127,3 +127,5 @@ def test_known_frames_are_cut_by_chunk():
     assert parts[1].clamp(x).flatten().tolist() == [2, 9, 2, 9]
     assert parts[1].levels(torch.ones(2, 2)).tolist() == [[0, 1], [0, 1]]
     assert parts[2].clamp(x) is x
+    later = KnownFrames(torch.ones(1, 1, 1, 1, 1), start=2)
+    assert [later.part(start, 2).frames for start in (0, 2, 4)] == [0, 1, 0]
