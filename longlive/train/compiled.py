@@ -1,10 +1,12 @@
-"""torch.compile for a transformer whose attention stays outside the graph.
+"""torch.compile where it pays: transformer blocks, and the norm and activation of the VAE.
 
-Blocks are compiled one by one (they share one graph); attention itself is a handful of library calls per chunk and is left alone, except that
+Attention stays outside the graph. Blocks are compiled one by one (they share one graph); attention itself is a handful of library calls per chunk and is left alone, except that
 the rotation before it, a chain of small elementwise passes, becomes a graph of its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch._dynamo
@@ -12,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..cache.attend import TeacherForced
+from ..models.wan_vae import norm_silu
 from ..ops.rope import apply_rope
 
 GRAPHS = 64  # compiled variants per function; the default of 8 is fewer than the shapes of a run
@@ -32,6 +35,26 @@ def checkpoint_blocks(blocks: nn.ModuleList) -> None:
 
 def _recomputed(forward):
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def compiled_pointwise() -> Callable:
+    """`wan_vae.norm_silu` as one graph per channel count, whatever the other sizes (each would otherwise compile for itself).
+
+    Without gradients (statistics, validation) it runs as written: those few calls are not worth graphs of their own.
+    """
+    torch._dynamo.config.recompile_limit = GRAPHS
+    fused = torch.compile(norm_silu)
+
+    def pointwise(x_BTHWC: torch.Tensor, gamma: torch.Tensor, past_BPHWC: torch.Tensor | None = None) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return norm_silu(x_BTHWC, gamma, past_BPHWC)
+        for tensor in (x_BTHWC, past_BPHWC):
+            for dim in range(4):
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            torch._dynamo.mark_static(tensor, 4)
+        return fused(x_BTHWC, gamma, past_BPHWC)
+
+    return pointwise
 
 
 class RotatedAhead:

@@ -31,7 +31,7 @@ from ..models.text import text_encoder
 from ..models.wan_dit import TextContext, WanDiT
 from ..parallel.data_parallel import Replicas
 from .compiled import RotatedAhead, checkpoint_blocks, compile_blocks
-from .export import codec_for_training, load_generator, save_generator
+from .export import save_generator
 from .objective import (
     FlowTarget,
     augmentation_range,
@@ -44,6 +44,7 @@ from .objective import (
     per_frame,
     quarter_losses,
 )
+from .start import codec_for_training, load_generator
 from .teacher_forcing import Film, draw_gaps, frame_positions, teacher_forced_velocity
 from .trainer import Draw
 from .world_latents import PromptBank, StorySource, WorldBank

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,10 +16,13 @@ from ..core.errors import LongLiveError
 
 
 class Metrics:
-    """Appends rows to `path` (None: only keeps the last ones). `skip_from`: on resuming, rows of that step and later are dropped first."""
+    """Appends rows to `path` (None: only keeps the last ones) and hands them to `tracker`.
 
-    def __init__(self, path: Path | None, resume_step: int | None = None):
-        self.path, self.pending, self.last = path, [], {}
+    `resume_step`: the run goes on after that step; later rows in the file are dropped. None: the file starts anew.
+    """
+
+    def __init__(self, path: Path | None, resume_step: int | None = None, tracker: Callable[[dict], None] | None = None):
+        self.path, self.tracker, self.pending, self.last = path, tracker, [], {}
         if path is not None:
             kept = []
             if resume_step is not None and path.exists():
@@ -26,19 +30,21 @@ class Metrics:
             path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, step: int, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
-        """`tensors`: scalars on the device (read later); `numbers`: known on the host."""
+        """`tensors`: scalars on the device (read later), the same ones at every step; `numbers`: known on the host."""
         self.pending.append((step, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), numbers))
 
     def flush(self) -> dict[str, float]:
         """Writes what is pending and returns the means of its losses. Raises LongLiveError when one is not finite."""
         if not self.pending:
             return self.last
-        values = torch.stack([row[2] for row in self.pending]).tolist() if len({len(r[1]) for r in self.pending}) == 1 else [r[2].tolist() for r in self.pending]
+        values = torch.stack([tensors for _, _, tensors, _ in self.pending]).tolist()
         rows = [{"step": step, **dict(zip(names, value)), **numbers} for (step, names, _, numbers), value in zip(self.pending, values)]
         self.pending = []
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({k: _number(v) for k, v in row.items()}) + "\n" for row in rows)
+        for row in rows if self.tracker is not None else ():
+            self.tracker(row)
         broken = next((row for row in rows if not math.isfinite(row["loss"])), None)
         if broken:
             raise LongLiveError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Protocol
@@ -121,7 +122,7 @@ class StopRequest:
 class Loop:
     """One run of one task in `logdir`. `fit` trains to the limit, or raises Interrupted after saving."""
 
-    def __init__(self, task: Task, settings: LoopSettings, logdir: Path, *, config: dict, replicas: Replicas, auto_resume: bool = True):
+    def __init__(self, task: Task, settings: LoopSettings, logdir: Path, *, config: dict, replicas: Replicas, auto_resume: bool = True, tracker: Callable | None = None):
         self.task, self.settings, self.logdir, self.config, self.replicas = task, settings, logdir, config, replicas
         self.optimizer = adamw(task.module, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
         self.ema = EMA(task.module, settings.ema_decay, settings.ema_start_step)
@@ -131,7 +132,7 @@ class Loop:
         if found:
             self.state = checkpoint.resume(found[-1], task.module, self.optimizer, self.ema, trainer=task.name)
             logger.info("resumed from %s at step %d", found[-1], self.state.step)
-        self.metrics = Metrics(logdir / "metrics.jsonl" if self.writes else None, self.state.step if found else None)
+        self.metrics = Metrics(logdir / "metrics.jsonl" if self.writes else None, self.state.step if found else None, tracker)
 
     def fit(self) -> dict[str, float]:
         """Trains, writes weights and measurements, returns the latter."""
@@ -167,7 +168,7 @@ class Loop:
             loss, _ = self.task.loss(batch)
             loss.backward()
             self.optimizer.zero_grad(set_to_none=True)
-            logger.info("warm-up %d: loss %.4f, %.1f s", count + 1, float(loss), time.perf_counter() - start)
+            logger.info("warm-up %d: loss %.4f, %.1f s", count + 1, loss.item(), time.perf_counter() - start)
         self.replicas.maximum(0.0)
 
     def _draw(self, micro: int) -> Draw:

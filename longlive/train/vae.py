@@ -8,6 +8,7 @@ Legend: B batch, T pixel frames, F latent frames, C latent channels, K statistic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Iterator
 
@@ -17,25 +18,27 @@ from torch import nn
 from ..config.root import Config
 from ..core.geometry import Geometry
 from ..core.log import logger
-from ..models.shipped import save_codec
 from ..models.spec import VAEDims
-from ..models.wan_vae import WanVAE
-from ..models.weights import load_into
+from ..models.wan_vae import WanVAE, norm_silu
 from ..parallel.data_parallel import Replicas
+from .compiled import compiled_pointwise
+from .export import save_vae
+from .start import load_vae
 from .trainer import Draw, seed_of
 from .vae_objective import VAELossWeights, kl_mean, reconstruction_loss, sample_posterior
 from .vae_report import fidelity, latent_statistics
 from .world_windows import Pixels, Stage, draw_windows, story_parameters
 
 FIRST_LOGVAR = -6.0
-HELD_OUT_CLIPS, HELD_OUT_CHUNKS = 16, 4
-STATISTICS_CLIPS = 96
+HELD_OUT_CLIPS = {"cuda": 16, "cpu": 2}
+HELD_OUT_CHUNKS = 4
+STATISTICS_CLIPS = {"cuda": 96, "cpu": 4}
 
 
-def initial_vae(dims: VAEDims, seed: int) -> WanVAE:
+def initial_vae(dims: VAEDims, seed: int, pointwise: Callable = norm_silu) -> WanVAE:
     """A fresh VAE whose posterior starts narrow: at log-variance 0 the noise would drown the mean for a long time."""
     torch.manual_seed(seed)
-    vae = WanVAE(dims)
+    vae = WanVAE(dims, pointwise=pointwise)
     with torch.no_grad():
         vae.conv1.weight[dims.z_dim :].mul_(0.1)
         vae.conv1.bias[dims.z_dim :].fill_(FIRST_LOGVAR)
@@ -55,9 +58,9 @@ class VAETask:
         self.dims = VAEDims(encoder_base=settings.encoder_base, decoder_base=settings.decoder_base)
         self.weights = VAELossWeights(mse=settings.mse_weight, edge=settings.edge_weight, kl=settings.kl_weight, mask=settings.mask_weight)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.infra.mixed_precision and device.type == "cuda")
-        vae = initial_vae(self.dims, self.seed)
+        vae = initial_vae(self.dims, self.seed, compiled_pointwise() if config.training.compile else norm_silu)
         if config.checkpoints.vae_ckpt is not None:
-            load_into(vae, config.checkpoints.vae_ckpt)
+            load_vae(vae, config.checkpoints.vae_ckpt)
         self.module: nn.Module = vae.to(device)
         if device.type == "cuda":
             self.module.to(memory_format=torch.channels_last_3d)
@@ -106,17 +109,18 @@ class VAETask:
             yield story_parameters([seed_of(self.seed, 1 << 20, number) % (1 << 40)], split=split, **shape).to(self.device)
 
     @torch.no_grad()
-    def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor], statistics_clips: int = 12) -> None:
+    def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor], statistics_clips: int = 4) -> None:
         with self.autocast:
             mean_KC, std_KC = latent_statistics(self.module, self._clips("train", statistics_clips, HELD_OUT_CHUNKS), self.geometry)
-        save_codec(folder / "vae.safetensors", self.module, mean_KC, std_KC, metadata={"step": str(step), "seed": str(self.seed)})
+        save_vae(folder, self.module, mean_KC, std_KC, {"trainer": self.name, "step": str(step), "seed": str(self.seed)})
 
     @torch.no_grad()
     def finish(self, folder: Path) -> dict[str, float]:
         """Final statistics over many clips, and fidelity on held-out multi-shot clips of 125 frames."""
-        self.export(folder, -1, {}, STATISTICS_CLIPS)
+        self.export(folder, -1, {}, STATISTICS_CLIPS[self.device.type])
+        count = HELD_OUT_CLIPS[self.device.type]
         with self.autocast:
-            whole, inside, late = fidelity(self.module, self._clips("held-out", HELD_OUT_CLIPS, HELD_OUT_CHUNKS), self.geometry)
-        results = {"psnr": whole, "psnr_characters": inside, "psnr_last_frames": late, "clips": HELD_OUT_CLIPS}
+            whole, inside, late = fidelity(self.module, self._clips("held-out", count, HELD_OUT_CHUNKS), self.geometry)
+        results = {"psnr": whole, "psnr_characters": inside, "psnr_last_frames": late, "clips": count}
         logger.info("held-out: %s", ", ".join(f"{k} {v:.2f}" for k, v in results.items()))
         return results

@@ -54,9 +54,8 @@ class PromptBank:
     @torch.no_grad()
     def _rows(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """raw [R, M, t] and bias [R, M]; a longest possible row is added and dropped again, so that the layout is always the same."""
-        texts = [e if prompt else e[:0] for prompt, e in zip(prompts, self.encoder.encode(prompts))]
         longest = torch.zeros(self.dit.dims.text_len, self.dit.dims.text_dim)
-        context = self.dit.text([*texts, longest])
+        context = self.dit.text([*self.encoder.encode(prompts), longest])
         more = self.width - context.bias_RM.shape[1]
         return F.pad(context.raw_RMt, (0, 0, 0, more))[:-1], F.pad(context.bias_RM, (0, more), value=-math.inf)[:-1]
 

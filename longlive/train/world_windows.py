@@ -62,7 +62,7 @@ def draw_windows(params_NTP: torch.Tensor, stage: Stage, draw: Draw, height: int
     story = torch.randint(stories, (stage.batch, 1), generator=draw.host)
     start = TEMPORAL_STRIDE * torch.randint((frames - stage.frames) // TEMPORAL_STRIDE + 1, (stage.batch, 1), generator=draw.host)
     time = start + torch.arange(stage.frames)
-    pixels = render_clips(params_NTP[story.to(device), time.to(device)], height, width)
+    pixels = render_clips(params_NTP[story.to(device, non_blocking=True), time.to(device, non_blocking=True)], height, width)
     if (stage.height, stage.width) == (height, width):
         return pixels
     top, left = _corners(pixels.mask, stage, draw)

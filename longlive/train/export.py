@@ -1,0 +1,61 @@
+"""Weights for use: safetensors files that appear whole or not at all, in pieces small enough to ship.
+
+A generator is written twice: `dit-0000i-of-0000n.safetensors`, bfloat16, the EMA where there is one, ready to ship; and
+`raw-0000i-of-0000n.safetensors`, float32, the trained weights themselves, for a later leg to start from.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..models.wan_vae import WanVAE
+
+SHARD_BYTES = 15 * 2**20
+VAE_FILE = "vae.safetensors"
+STATISTICS = ("latent_mean", "latent_std")
+
+
+def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file, written beside its place and moved there."""
+    partial = path.with_name(path.name + ".tmp")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
+    partial.chmod(0o644)
+    os.replace(partial, path)
+
+
+def shards(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The tensors in order, cut into groups of at most SHARD_BYTES (a larger tensor is a group of its own)."""
+    groups: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > SHARD_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    return groups
+
+
+def write_shards(folder: Path, stem: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> list[Path]:
+    """Writes `stem-0000i-of-0000n.safetensors`."""
+    groups = shards(tensors)
+    paths = [folder / f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    for path, group in zip(paths, groups):
+        write_file(path, group, metadata)
+    return paths
+
+
+def save_generator(folder: Path, raw: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    write_shards(folder, "raw", {name: t.detach().float() for name, t in raw.items()}, metadata)
+    write_shards(folder, "dit", {name: t.detach().to(torch.bfloat16) for name, t in (ema or raw).items()}, metadata)
+
+
+def save_vae(folder: Path, vae: WanVAE, mean_KC: torch.Tensor, std_KC: torch.Tensor, metadata: dict[str, str]) -> None:
+    """`vae.safetensors`: weights in bfloat16, `latent_mean` and `latent_std` [K, C] in float32; the sizes are in the metadata."""
+    tensors = {name: t.to(torch.bfloat16) for name, t in vae.state_dict().items()}
+    sizes = {"encoder_base": str(vae.dims.encoder_base), "decoder_base": str(vae.dims.decoder_base)}
+    write_file(folder / VAE_FILE, {**tensors, **dict(zip(STATISTICS, (mean_KC.float(), std_KC.float())))}, {**metadata, **sizes})
