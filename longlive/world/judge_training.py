@@ -105,11 +105,11 @@ def _progress(config: "Config", step: int, seconds: float) -> float:
     return min(1.0, max((step + 1) / config.training.max_iters, seconds / limit if limit > 0 else 0.0))
 
 
-def train_judge(config: "Config", logdir: Path) -> Path:
+def train_judge(config: "Config", logdir: Path) -> dict[str, float]:
     """Trains for training.max_iters steps or training.max_seconds (after the first step), whichever ends first.
 
     Reads training.lr, batch_size (shots a step), weight_decay, max_grad_norm, warmup_steps and logging.seed. Writes judge.safetensors and
-    metrics.jsonl (step, loss, accuracy per head over the last 20 steps, seconds) under `logdir`; returns the path of the weights.
+    metrics.jsonl (step, loss, accuracy per head over the last 20 steps, seconds) under `logdir`; returns the last row.
     """
     settings = config.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,6 +149,6 @@ def train_judge(config: "Config", logdir: Path) -> Path:
                     logger.info("judge %s", row)
             if over >= 1:
                 break
-    path = logdir / "judge.safetensors"
-    save_judge(net, path, {"kind": "judge", "steps": str(step + 1), "seed": str(config.logging.seed), "metrics": json.dumps(row)})
-    return path
+    notes = {"kind": "judge", "steps": str(step + 1), "seed": str(config.logging.seed), "metrics": json.dumps(row)}
+    save_judge(net, logdir / "judge.safetensors", notes)
+    return row
