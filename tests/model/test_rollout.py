@@ -30,6 +30,7 @@ MODES = {
     "relative recache": {"relative": True, "recache": True},
     "scaled time": {"t_scale": 0.75},
     "all visible": {"window_frames": CHUNKS * FRAMES},
+    "all visible, relative": {"window_frames": CHUNKS * FRAMES, "relative": True},
 }
 
 
@@ -91,7 +92,7 @@ def test_teacher_forcing_equals_the_rollout(mode):
         attend = TeacherForced(
             tokens,
             DIMS.head_dim,
-            None if mode == "all visible" else visible_tensor(CUTS, policy),
+            None if mode.startswith("all") else visible_tensor(CUTS, policy),
             committed_BCP=visible_tensor(CUTS, policy, commit=True) if settings.recache else None,
             t_scale=settings.t_scale,
             relative=settings.relative,

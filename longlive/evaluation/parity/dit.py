@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...cache.attend import Full, TeacherForced
-from ...core.errors import NotAvailable
+from ...core.errors import InputError, NotAvailable
 from ...core.geometry import PATCH
 from ...core.tokens import Tokens
 from ...diffusion.flow import train_table, x0_from_velocity
@@ -129,6 +129,8 @@ def _rollout(entry: Entry, dit: WanDiT) -> dict[str, torch.Tensor]:
     config, given = entry.config, entry.inputs
     if config.get("kv_quant"):
         raise NotAvailable("quantised keys and values", "leave kv_quant out")
+    if config["independent_first_frame"] and "initial_latent" not in given:
+        raise InputError("independent_first_frame without a first latent: a film is whole chunks; give initial_latent or switch it off")
     settings = rollout_settings(config)
     batch, frames, _, rows, columns = given["noise"].shape
     rollout = Rollout(
