@@ -121,6 +121,17 @@ def test_a_setting_that_the_engine_does_not_know_fails(tmp_path, monkeypatch):
     assert [result.status for result in check_folder(tmp_path)] == ["passed"]
 
 
+def test_words_about_the_published_code_are_left_out_with_a_reason(tmp_path, monkeypatch):
+    case = {"name": "one", "input": {}, "output": {"n": 1, "remark": "n was counted by hand"}}
+    (tmp_path / "t.json").write_text(json.dumps({"mode": "count", "cases": [case]}))
+    engine = SimpleNamespace(run_case=lambda name, given: {"n": 1}, PROSE={"one": {"remark": "words"}})
+    monkeypatch.setattr(harness, "engine_for", {"count": engine}.get)
+    (result,) = check_folder(tmp_path)
+    assert result.status == "passed" and result.left_out == {"remark": "words"}
+    engine.run_case = lambda name, given: {"n": 2}
+    assert [result.status for result in check_folder(tmp_path)] == ["failed"]
+
+
 def test_first_matching_rule_wins(tmp_path):
     agreement(tmp_path, ("a*", "out/x", "differs", None, "w"), ("a*", "*", "raises"))
     rules = read_rules(tmp_path)

@@ -4,12 +4,12 @@ An engine module offers `run(entry) -> {name: tensor}` (names without `out/`; ex
 `InputError` for input that we refuse, `NotAvailable` for a variant whose engine comes later) or, for tables,
 `run_case(name, input) -> output`. Its `SETTINGS` (optional) maps the words of a `must_with` rule to a function
 `narrow(output) -> output` that keeps what is compared under that setting; `entry.setting` carries the same words.
+Its `PROSE` (optional) names, per case of a table, recorded fields that are words about the published code, with the reason to leave them out.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from types import ModuleType
 
 ENGINES = {
@@ -38,9 +38,7 @@ LATER = {
 def engine_for(mode: str) -> ModuleType | None:
     """The module that recomputes `mode`, or None."""
     name = ENGINES.get(mode)
-    if name is None or importlib.util.find_spec(f"{__package__}.{name}") is None:
-        return None
-    return importlib.import_module(f"{__package__}.{name}")
+    return None if name is None else importlib.import_module(f"{__package__}.{name}")
 
 
 def reason_without(mode: str) -> str:

@@ -79,6 +79,9 @@ def check_entry(entry: Entry | Case, rules: list[Rule]) -> Result:
     engine = engine_for(entry.mode)
     if engine is None:
         return replace(base, status=NO_ENGINE, notes=(reason_without(entry.mode),))
+    if isinstance(entry, Case):
+        entry, prose = _without_prose(entry, engine)
+        base = replace(base, left_out=left_out | prose)
     torch.manual_seed(0)
     try:
         entry = entry.with_weights() if isinstance(entry, Entry) else entry
@@ -151,6 +154,14 @@ def _narrowing(engine: ModuleType, setting: str | None):
     if setting is None:
         return lambda output: output
     return engine.SETTINGS.get(setting) if hasattr(engine, "SETTINGS") else None
+
+
+def _without_prose(case: Case, engine: ModuleType) -> tuple[Case, dict[str, str]]:
+    """The case without the recorded fields that are words about the published code, and the reasons (`PROSE` of the engine)."""
+    prose = engine.PROSE.get(case.case, {}) if hasattr(engine, "PROSE") else {}
+    if not prose:
+        return case, {}
+    return replace(case, output={key: value for key, value in case.output.items() if key not in prose}), prose
 
 
 def _recorded_refusal(case: Case) -> bool:

@@ -15,11 +15,13 @@ from ...models.wan_dit import WanDiT
 from ...models.wan_vae import WanVAE
 from ...models.weights import build_on_meta, unwrap_generator
 
-# How published code reads a generator; ours takes the same entries but is strict always and strips every wrapper.
-PUBLISHED_LOADING = {
-    "strip_applied": "only when use_ema is true",
-    "strict": "load_state_dict is strict unless use_ema; keys carry the wrapper prefix 'model.'",
-    "lora": "checkpoint['generator_lora'] when present, else the checkpoint itself",
+# Fields of a table that are words about the published code: nothing to compute. Ours is strict always and strips every wrapper.
+PROSE = {
+    "loader_unwrap_and_strip": {
+        "strip_applied": "says when the published loader strips wrappers; ours always does",
+        "strict": "says when the published loader is strict; ours always is",
+        "lora": "says where the published loader finds a LoRA; LoRA is not available yet",
+    }
 }
 CONTAINERS = (
     {"generator": "G"},
@@ -99,7 +101,7 @@ def _t5(given: dict[str, Any]) -> dict[str, Any]:
 
 def _loading(given: dict[str, Any]) -> dict[str, Any]:
     taken = [{"checkpoint": container, "use_ema": ema, "taken": _taken(container, ema)} for container in CONTAINERS for ema in (False, True)]
-    return {"unwrap": taken, "strip": {key: strip_fsdp(key) for key in WRAPPED}, **PUBLISHED_LOADING}
+    return {"unwrap": taken, "strip": {key: strip_fsdp(key) for key in WRAPPED}}
 
 
 def _taken(container: dict[str, str], use_ema: bool) -> Any:
