@@ -34,6 +34,8 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: list[str]) -> list[Tensor]: ...
 
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "TextEncoder": ...
+
 
 def clean_text(text: str) -> str:
     """The cleaning before tokenising (spec inference §4): repair encoding, unescape HTML twice, strip, collapse white space."""
@@ -89,6 +91,10 @@ class HashedWords:
             warn_once(f"a prompt has {len(words)} words; this text encoder reads the first {self.text_len}")
         return words[: self.text_len]
 
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "HashedWords":
+        """There are no weights to move."""
+        return self
+
     def encode(self, prompts: list[str]) -> list[Tensor]:
         return [self._embed(self.words(prompt)) for prompt in prompts]
 
@@ -108,6 +114,12 @@ class PromptCache:
         self.encoder, self.size = encoder, size
         self.text_dim, self.text_len = encoder.text_dim, encoder.text_len
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "PromptCache":
+        """Moves the encoder in place and forgets what it said elsewhere."""
+        self._kept.clear()
+        self.encoder.to(device=device, dtype=dtype)
+        return self
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]

@@ -98,6 +98,11 @@ class UMT5Encoder:
         self.model = share_embedding(model)
         self.text_dim = model.config.d_model
 
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "UMT5Encoder":
+        """Moves and casts the network, in place."""
+        self.model.to(device=device, dtype=dtype)
+        return self
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:
         rows: list[Tensor] = []

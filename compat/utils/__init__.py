@@ -1,0 +1,1 @@
+"""`utils` as the documented Python snippets import it."""
