@@ -16,12 +16,11 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
 
 
-def demo(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with storyboards (*.yaml) in the words of the small world.")] = Path("examples"),
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where films and sheets go; films of an earlier demo are replaced.")] = Path(
-        "outputs/demo"
-    ),
-) -> None:
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with storyboards (*.yaml) in the words of the small world.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where films and sheets go; those of an earlier demo are replaced.")]
+
+
+def demo(folder: Folder = Path("examples"), output: Output = Path("outputs/demo")) -> None:
     """Render every storyboard of FOLDER with the shipped small model and judge the films from their pixels."""
     from ..config import default_config
     from ..data.storyboard_file import read_storyboard
@@ -40,7 +39,8 @@ def demo(
     judge, started = Judge.load(), time.perf_counter()
     with FilmProgress() as listener:
         films = generate_films(default_config("tiny"), boards, output, overwrite=True, listener=listener)
-    typer.echo(f"{len(films)} film{'s' * (len(films) > 1)}, {sum(film.frames for film in films)} frames, made in {time.perf_counter() - started:.0f} s")
+    frames, seconds = sum(film.frames for film in films), time.perf_counter() - started
+    typer.echo(f"{len(films)} film{'s' * (len(films) > 1)}, {frames} frames, made in {seconds:.0f} s with loading")
     for film in films:
         story = stories[film.index]
         typer.echo(f"contact sheet: {contact_sheet(film.film, sheet_rows(story), film.film.with_suffix('.png'))}")
