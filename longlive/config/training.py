@@ -104,6 +104,7 @@ class Training(Section):
     visibility: Literal["all", "window"] = option("all", "earlier chunks that are seen: all, or those of the generation window")
     shot_offset: bool = option(False, "use inference.multi_shot_rope_offset in training")
     compile: bool = option(False, "torch.compile the transformer blocks")
+    min_loss_weight: float = option(0.0, "least weight of a noise level; the published weights fall to 0 at pure noise", ge=0)
     character_weight: float = option(1.0, "loss weight of latents that show characters", gt=0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -92,7 +92,8 @@ class DiffusionTask:
             raise NotAvailable(f"training {spec.name} on video folders", "train the small model (configs/tiny/train_ar.yaml)")
         self.config, self.settings, self.device = config, config.training, device
         self.rollout = rollout_settings(config)
-        self.table = train_table(config.model_kwargs.timestep_shift)
+        table = train_table(config.model_kwargs.timestep_shift)
+        self.table = replace(table, weights=table.weights.clamp(min=config.training.min_loss_weight))
         self.mixed = config.infra.mixed_precision and device.type == "cuda"
         torch.manual_seed(config.logging.seed)
         self.module: nn.Module = WanDiT(spec.dit)

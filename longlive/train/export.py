@@ -1,4 +1,4 @@
-"""Weights for use: safetensors files that appear whole or not at all, in pieces small enough to ship.
+"""Weights for use: safetensors files in pieces small enough to ship.
 
 A generator is written twice: `dit-0000i-of-0000n.safetensors`, bfloat16, the EMA where there is one, ready to ship; and
 `raw-0000i-of-0000n.safetensors`, float32, the trained weights themselves, for a later leg to start from.
@@ -6,25 +6,16 @@ A generator is written twice: `dit-0000i-of-0000n.safetensors`, bfloat16, the EM
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ..models.wan_vae import WanVAE
+from ..models.weights import save_state
 
 SHARD_BYTES = 15 * 2**20
 VAE_FILE = "vae.safetensors"
 STATISTICS = ("latent_mean", "latent_std")
-
-
-def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, written beside its place and moved there."""
-    partial = path.with_name(path.name + ".tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata)
-    partial.chmod(0o644)
-    os.replace(partial, path)
 
 
 def shards(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -45,7 +36,7 @@ def write_shards(folder: Path, stem: str, tensors: dict[str, torch.Tensor], meta
     groups = shards(tensors)
     paths = [folder / f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     for path, group in zip(paths, groups):
-        write_file(path, group, metadata)
+        save_state(path, group, metadata)
     return paths
 
 
@@ -58,4 +49,4 @@ def save_vae(folder: Path, vae: WanVAE, mean_KC: torch.Tensor, std_KC: torch.Ten
     """`vae.safetensors`: weights in bfloat16, `latent_mean` and `latent_std` [K, C] in float32; the sizes are in the metadata."""
     tensors = {name: t.to(torch.bfloat16) for name, t in vae.state_dict().items()}
     sizes = {"encoder_base": str(vae.dims.encoder_base), "decoder_base": str(vae.dims.decoder_base)}
-    write_file(folder / VAE_FILE, {**tensors, **dict(zip(STATISTICS, (mean_KC.float(), std_KC.float())))}, {**metadata, **sizes})
+    save_state(folder / VAE_FILE, {**tensors, **dict(zip(STATISTICS, (mean_KC.float(), std_KC.float())))}, {**metadata, **sizes})

@@ -199,13 +199,15 @@ class Loop:
 
     def _report(self) -> None:
         count = len(self.metrics.pending)
-        seconds = self.state.elapsed - self.metrics.pending[0][3]["seconds"] if count else 0.0
+        if not count:
+            return
+        seconds = self.state.elapsed - self.metrics.pending[0][3]["seconds"]
         row, settings = self.metrics.flush(), self.settings
         left = self.state.elapsed * (1 / max(settings.progress(self.state), 1e-9) - 1)
         columns = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("seconds", "ms", "lr", "loss"))
         logger.info(
             "step %d  loss %.4f  lr %.2e  %.1f ms/step  %.0f s left  (%s)",
-            self.state.step, row.get("loss", float("nan")), row.get("lr", 0.0), 1000 * seconds / max(count, 1), max(left, 0.0), columns,
+            self.state.step, row.get("loss", float("nan")), row.get("lr", 0.0), 1000 * seconds / count, max(left, 0.0), columns,
         )  # fmt: skip
 
     def _export(self) -> None:
