@@ -8,7 +8,7 @@
         for chunk in session:
             chunk.frames  # uint8 [1, T, H, W, 3]
 
-Names are imported when they are first used, so that `import longlive` needs no torch.
+The names below are imported when they are first used, so that `import longlive` and `longlive --help` stay quick.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+_HOMES = {
+    "ChunkResult": "engine.session",
     "Pipeline": "engine.pipeline",
     "Request": "engine.session",
     "Session": "engine.session",
@@ -25,16 +26,16 @@ _PUBLIC = {
     "Storyboard": "core.story",
     "default_config": "config",
     "load_config": "config",
+    "read_storyboard": "data.storyboard_file",
 }
-
-__all__ = sorted(_PUBLIC)
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'longlive' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

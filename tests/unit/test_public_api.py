@@ -1,17 +1,25 @@
-"""The names that `longlive` offers."""
+"""`import longlive` is quick, and what it promises is there."""
+
+from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
+
 import longlive
 
 
-def test_every_public_name_is_there_and_comes_from_where_it_lives():
-    for name in longlive.__all__:
-        assert getattr(longlive, name).__module__.startswith("longlive.")
-    assert set(longlive.__all__) <= set(dir(longlive))
+@pytest.mark.parametrize("name", longlive.__all__)
+def test_every_promised_name_is_there(name):
+    assert getattr(longlive, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
+        longlive.Pipelines
 
 
 def test_importing_the_package_imports_no_torch():
-    code = "import sys, longlive; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    code = "import sys, longlive; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
