@@ -55,7 +55,7 @@ def read_source(source: str | Path, chunks: int | None = None, settings: SourceS
         raise InputError("the prompt is empty; say what the film shows, or give a prompts file, a caption folder or a storyboard")
     if _looks_like_path(text):
         raise InputError(f"{text} does not exist; give a sentence, a prompts file, a caption folder or a storyboard file")
-    return [_fitted(Storyboard(shots=(Shot(prompt=text.strip()),)), chunks)]
+    return [fitted(Storyboard(shots=(Shot(prompt=text.strip()),)), chunks)]
 
 
 def read_path(path: str | Path, chunks: int | None = None, settings: SourceSettings = SourceSettings()) -> list[Storyboard]:
@@ -67,7 +67,7 @@ def read_path(path: str | Path, chunks: int | None = None, settings: SourceSetti
         boards = [read_storyboard(path, chunk_frames=settings.chunk_frames)] if is_storyboard_file(path) else _read_lines(path)
     else:
         raise InputError(f"{path} does not exist; give a prompts file, a caption folder or a storyboard file")
-    return [_fitted(board, chunks) for board in boards]
+    return [fitted(board, chunks) for board in boards]
 
 
 def _looks_like_path(text: str) -> bool:
@@ -225,7 +225,8 @@ def _start(prompt: str, length: int = 32) -> str:
     return repr(line if len(line) <= length else line[: length - 3] + "...")
 
 
-def _fitted(board: Storyboard, chunks: int | None) -> Storyboard:
+def fitted(board: Storyboard, chunks: int | None) -> Storyboard:
+    """The storyboard at a length of `chunks` (None: as it is), with one warning when shots had to be dropped, cut or stretched."""
     if chunks is None:
         return board
     board, warning = fit_storyboard(board, chunks)

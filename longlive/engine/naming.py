@@ -26,10 +26,10 @@ HASH_DIGITS = 8
 
 def safe_text(text: str) -> str:
     """At most 100 characters and `TEXT_BYTES` bytes of `text` that every file system takes. "film" when nothing is left."""
-    text = unicodedata.normalize("NFC", " ".join(text.split()))[:PROMPT_CHARACTERS]
+    text = unicodedata.normalize("NFC", re.sub(r"\s", " ", text))[:PROMPT_CHARACTERS]
     text = "".join("_" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") else c for c in UNSAFE.sub("_", text))
-    text = text.encode("utf-8")[:TEXT_BYTES].decode("utf-8", errors="ignore").strip(" .")
-    return text or "film"
+    text = text.encode("utf-8")[:TEXT_BYTES].decode("utf-8", errors="ignore")
+    return text if text.strip() else "film"
 
 
 def film_texts(prompts: Sequence[str], indices: Sequence[int], save_with_index: bool = False) -> list[str]:
@@ -75,6 +75,19 @@ def check_free(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 def check_folder(folder: Path) -> None:
+    """Raises InputError when `folder` cannot be written to, or cannot be made, as far as that is known without making it."""
+    import os
+
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"cannot write into {folder} ({place} is not a folder); give another folder with --output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write into {folder} (no permission for {place}); give a folder that you may write to with --output")
+
+
+def make_folder(folder: Path) -> None:
     """Makes `folder` and proves that a file can be written there. Raises InputError."""
     import tempfile
 

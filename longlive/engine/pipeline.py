@@ -51,14 +51,16 @@ class Pipeline:
 
         availability(config, "generate")
         device = choose_device(config, device)
-        dtype = dtype or choose_dtype(config, device)
+        net_dtype = dtype or choose_dtype(config, device)
         kind, place = decode_place(config, device)
-        parts = cls.unloaded(config, device, dtype, kind)
-        dit, dit_path = load_dit(config, parts.spec, device, dtype)
-        codec, vae_path = load_codec(config, parts.spec, place)
-        encoder, text_path = load_text_encoder(parts.spec, device, dtype)
+        parts = cls.unloaded(config, device, net_dtype, kind)
+        dit, dit_path = load_dit(config, parts.spec, device, net_dtype)
+        spec = replace(parts.spec, dit=dit.dims)
+        codec, vae_path = load_codec(config, spec, place, dtype)
+        encoder, text_path = load_text_encoder(spec, device, net_dtype)
         paths = {"generator": dit_path, "vae": vae_path, "text_encoder": text_path}
-        return replace(parts, dit=dit, codec=codec, text_encoder=encoder, weights={part: str(path) for part, path in paths.items() if path})
+        weights = {part: str(path) for part, path in paths.items() if path}
+        return replace(parts, spec=spec, dit=dit, codec=codec, text_encoder=encoder, weights=weights)
 
     @classmethod
     def unloaded(cls, config, device: torch.device, dtype: torch.dtype, decode_kind: str = "inline") -> "Pipeline":

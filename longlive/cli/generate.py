@@ -1,0 +1,45 @@
+"""`longlive generate`: from a sentence, a file or a folder to films, with a progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import OVERRIDES, split_overrides
+
+
+def register(app: typer.Typer) -> None:
+    app.command("generate", context_settings=OVERRIDES)(generate)
+
+
+def generate(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A sentence, a .txt file, a folder of captions or images, a storyboard (.yaml).")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the films; default output_folder.")] = None,
+    model: Annotated[str, typer.Option("--model", help="tiny or wan2.2-ti2v-5b.")] = "tiny",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace films that exist.")] = False,
+    config_file: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings from a YAML file instead of --model.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Make films. Trailing key=value words change the settings: inference.sampling_steps=4 logging.seed=7 num_output_frames=64.
+
+    Each film is an .mp4 with its prompts (_prompts.txt) and a receipt (.json) beside it. Ctrl-C finishes the chunk at hand and closes the film.
+    """
+    from ..config import availability, default_config, load_config
+    from ..engine.films import Silent, generate_films
+    from ..engine.sources import boards_for_generate
+
+    overrides = split_overrides(ctx.args)
+    config = load_config(config_file, overrides) if config_file else default_config(model, overrides)
+    availability(config, "generate")
+    boards = boards_for_generate(config, source)
+    folder = output or Path(config.output_folder)
+    if quiet:
+        generate_films(config, boards, folder, overwrite=overwrite, listener=Silent())
+        return
+    from .progress import FilmProgress
+
+    with FilmProgress() as listener:
+        generate_films(config, boards, folder, overwrite=overwrite, listener=listener)

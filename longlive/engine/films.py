@@ -1,0 +1,270 @@
+"""Storyboards in, films out: the one loop behind `longlive generate` and `inference.py`.
+
+Names are settled and checked before a weight is read; then every storyboard of this rank becomes one session whose samples run as a batch,
+written while it is made. Ctrl-C finishes the chunk at hand and closes a playable film; any other failure leaves nothing of the film behind.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..core.errors import Interrupted
+from ..core.geometry import FPS, Geometry, pixel_frames
+from ..core.story import ChunkPlan, Storyboard, plan
+from ..data.images import open_rgb
+from ..data.videos import is_video, probe
+from .naming import base_name, check_folder, check_free, film_texts, make_folder, prompts_text
+from .pipeline import Pipeline, choose_device
+from .receipt import Timings, receipt_text
+from .session import ChunkResult, Request, Session
+from .sinks import LatentsSink, Mp4Sink, VideoSink, write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmFiles:
+    """Where one film is. `film` is the video, or the latents when those were asked for."""
+
+    film: Path
+    prompts: Path
+    receipt: Path
+    index: int
+    sample: int
+    chunks: int
+    frames: int
+
+
+class Listener(Protocol):
+    """Hears how far the work is; all methods may do nothing. The command line shows a progress bar."""
+
+    def loading(self, model: str) -> None: ...
+
+    def film(self, number: int, films: int, title: str, chunks: int) -> None: ...
+
+    def chunk(self, result: ChunkResult) -> None: ...
+
+    def stopping(self) -> None: ...
+
+    def done(self, files: list[FilmFiles]) -> None: ...
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def loading(self, model: str) -> None: ...
+
+    def film(self, number: int, films: int, title: str, chunks: int) -> None: ...
+
+    def chunk(self, result: ChunkResult) -> None: ...
+
+    def stopping(self) -> None: ...
+
+    def done(self, files: list[FilmFiles]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One storyboard with the place of its files: a base path per sample."""
+
+    index: int
+    board: Storyboard
+    plans: tuple[ChunkPlan, ...]
+    geometry: Geometry
+    bases: tuple[Path, ...]
+    suffix: str
+
+    def targets(self) -> list[Path]:
+        return [base.with_name(base.name + self.suffix) for base in self.bases]
+
+
+def generate_films(
+    config,
+    boards: Sequence[Storyboard],
+    output: str | Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    overwrite: bool = False,
+    pipeline: Pipeline | None = None,
+    listener: Listener | None = None,
+) -> list[FilmFiles]:
+    """Makes the films of `boards` that fall to `rank` of `world` (board i belongs to rank i % world) and returns their files.
+
+    The length of each film is the sum of its shots' durations. Raises InputError for anything that cannot work, before anything is written,
+    and Interrupted after Ctrl-C, when the film that was being made has been closed.
+    """
+    listener = listener or Silent()
+    jobs = make_jobs(config, boards, Path(output), rank, world)
+    for job in jobs:
+        check_free(job.targets(), overwrite)
+        check_pictures(job.board)
+    if not jobs:
+        return []
+    check_folder(Path(output))
+    maker = FilmMaker(config=config, listener=listener, pipeline=pipeline)
+    files = []
+    for number, job in enumerate(jobs):
+        listener.film(number, len(jobs), job.board.title or job.board.name or job.plans[0].prompt, len(job.plans))
+        made = maker.make(job)
+        listener.done(made)
+        files += made
+        if made[0].chunks < len(job.plans):
+            raise Interrupted(f"stopped by Ctrl-C: {made[0].film} holds the first {made[0].frames / FPS:.1f} s")
+    return files
+
+
+def make_jobs(config, boards: Sequence[Storyboard], output: Path, rank: int, world: int) -> list[Job]:
+    """The jobs of this rank. Names are unique over all ranks, because every rank names all films."""
+    last = len(boards) if config.inference_iter < 0 else config.inference_iter + 1
+    boards = list(boards)[:last]
+    plans = [plan(board, prefix=config.data.scene_cut_prefix) for board in boards]
+    texts = film_texts([p[0].prompt for p in plans], range(len(boards)), config.save_with_index)
+    _, _, _, height, width = config.data.image_or_video_shape
+    usual, tag = Geometry.of_latent(height, width), "ema" if config.inference.use_ema else "regular"
+    jobs = []
+    for index in range(rank, len(boards), world):
+        names = [base_name(rank, texts[index], sample, tag) for sample in range(config.inference.num_samples)]
+        size = boards[index].size
+        jobs.append(
+            Job(
+                index=index,
+                board=boards[index],
+                plans=plans[index],
+                geometry=Geometry(*size) if size else usual,
+                bases=tuple(output / name for name in names),
+                suffix=".pt" if config.save_latents_only else ".mp4",
+            )
+        )
+    return jobs
+
+
+def check_pictures(board: Storyboard) -> None:
+    """Raises InputError when an image or clip of the storyboard cannot be read."""
+    for path in [board.image, *(shot.image for shot in board.shots)]:
+        if path is not None and not is_video(Path(path)):
+            open_rgb(path)
+        elif path is not None:
+            probe(path)
+    if board.video is not None:
+        probe(board.video)
+
+
+@dataclass(kw_only=True)
+class FilmMaker:
+    """Makes one film after another with one pipeline, which is loaded for the first of them."""
+
+    config: object
+    listener: Listener
+    pipeline: Pipeline | None = None
+    load_seconds: float = 0.0
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def make(self, job: Job) -> list[FilmFiles]:
+        """The files of one storyboard, one entry per sample; fewer chunks than planned when it was interrupted."""
+        pipeline = self._loaded().at_size(job.geometry)
+        request = Request(
+            storyboards=(job.board,),
+            samples=len(job.bases),
+            seed=self.config.logging.seed,
+            indices=(job.index,),
+            decode=not self.config.save_latents_only,
+        )
+        make_folder(job.bases[0].parent)
+        sinks = [LatentsSink(path) if self.config.save_latents_only else Mp4Sink(path) for path in job.targets()]
+        timings, written = Timings(load=self.load_seconds), []
+        try:
+            with pipeline.session(request) as session:
+                chunks = self._roll(session, sinks, timings)
+            return [self._finish(job, pipeline, sample, sink, chunks, timings, written) for sample, sink in enumerate(sinks)]
+        except BaseException:
+            for sink in sinks:
+                sink.abort()
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
+
+    def _loaded(self) -> Pipeline:
+        if self.pipeline is None:
+            start = time.perf_counter()
+            self.listener.loading(self.config.model_kwargs.model_name)
+            self.pipeline = Pipeline.load(self.config, choose_device(self.config))
+            self.load_seconds = time.perf_counter() - start
+        if self.pipeline.weights and not self.hashes:
+            from ..models.weights import weights_hash
+
+            self.hashes = {part: weights_hash(Path(path)) for part, path in self.pipeline.weights.items()}
+        return self.pipeline
+
+    def _roll(self, session: Session, sinks: list[VideoSink], timings: Timings) -> int:
+        """Runs the session into the sinks and returns the number of finished chunks."""
+        chunks = 0
+
+        def stop() -> None:
+            session.cancel()
+            self.listener.stopping()
+
+        with on_interrupt(stop):
+            for result in session:
+                for sample, sink in enumerate(sinks):
+                    sink.write(None if result.frames is None else result.frames[sample], result.latents_BFCHW[sample])
+                chunks += 1
+                timings.add(result.seconds)
+                self.listener.chunk(result)
+        return chunks
+
+    def _finish(self, job: Job, pipeline: Pipeline, sample: int, sink: VideoSink, chunks: int, timings: Timings, written: list[Path]) -> FilmFiles:
+        base, plans = job.bases[sample], list(job.plans[:chunks])
+        prompts = write_text(base.with_name(base.name + "_prompts.txt"), prompts_text(plans))
+        written.append(prompts)
+        receipt = write_text(
+            base.with_name(base.name + ".json"),
+            receipt_text(
+                config=self.config.model_dump(mode="json"),
+                board=job.board,
+                plans=plans,
+                seed=self.config.logging.seed if job.board.seed is None else job.board.seed,
+                index=job.index,
+                sample=sample,
+                samples=len(job.bases),
+                pipeline=pipeline,
+                hashes=self.hashes,
+                timings=timings,
+                file=job.targets()[sample].name,
+                interrupted=chunks < len(job.plans),
+            ),
+        )
+        written.append(receipt)
+        film = sink.close()
+        written.append(film)
+        frames = pixel_frames(chunks * pipeline.settings.chunk_frames)
+        return FilmFiles(film=film, prompts=prompts, receipt=receipt, index=job.index, sample=sample, chunks=chunks, frames=frames)
+
+
+@contextmanager
+def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """While inside, the first SIGINT or SIGTERM calls `stop`; a second one interrupts at once. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def first(number, frame):
+        for each in before:
+            signal.signal(each, signal.default_int_handler)
+        stop()
+
+    for number in before:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+

@@ -1,0 +1,102 @@
+"""The networks of a pipeline, each found, checked and loaded: the generator, the VAE, the text encoder.
+
+Where files belong is documented and lives in `ModelSpec.folder`; the small model's are in the package. Sizes come from the tensors
+themselves, so that a model of the same family and another size loads from the same places (`models.sizes`). Every loader returns
+(part, path of its weights).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..core.errors import InputError
+from ..models.codec import VideoCodec, cpu_dtype
+from ..models.light_vae import read_codec, vae_type
+from ..models.shipped import CPU_GROUP, VAE_FILE, asset, dit_path, tiny_codec
+from ..models.sizes import dit_dims, read_model_config, shapes_of
+from ..models.spec import ModelSpec
+from ..models.text import TextEncoder, text_encoder
+from ..models.wan_dit import WanDiT
+from ..models.weights import build_on_meta, load_into, native_state, read_state, refuse_lora_on_merged
+
+
+def load_dit(config, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[WanDiT, Path]:
+    """The generator of `checkpoints.generator_ckpt`; without one, the small model's shipped weights or the base model's folder."""
+    path = generator_path(config, spec)
+    state = native_state(read_state(path, use_ema=config.inference.use_ema, kind="generator"), "generator")
+    refuse_lora_on_merged(state.metadata, config.checkpoints.lora_ckpt)
+    dims = dit_dims(shapes_of(state.tensors), spec.dit, model_config(path, spec))
+    dit = build_on_meta(lambda: WanDiT(dims))
+    load_into(dit, state, kind="generator", device=device, dtype=dtype)
+    return dit.eval().requires_grad_(False), path
+
+
+def generator_path(config, spec: ModelSpec) -> Path:
+    """Where the generator's weights are, or should be."""
+    if config.checkpoints.generator_ckpt:
+        return Path(config.checkpoints.generator_ckpt)
+    if not spec.folder:
+        return dit_path()
+    folder = Path(spec.folder)
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def model_config(path: Path, spec: ModelSpec) -> dict:
+    """The config.json beside the weights, else the one in the model's documented folder."""
+    return read_model_config(path if path.is_dir() else path.parent) or (read_model_config(Path(spec.folder)) if spec.folder else {})
+
+
+def load_codec(
+    config,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    folder: Path | None = None,
+    path: Path | None = None,
+    pruning_rate: float | None = None,
+) -> tuple[VideoCodec, Path]:
+    """The VAE of `inference.vae_type`. `dtype` None: what the configuration says, and on a CPU the faster of the two.
+
+    `folder` or `path`: a checkpoint elsewhere. `pruning_rate` is checked against the file, which knows its own.
+    """
+    kind, dtype = config.inference.vae_type, dtype or decode_dtype(config, device)
+    group = CPU_GROUP if device.type == "cpu" else 0
+    if not spec.folder:
+        if vae_type(kind).rate:
+            raise InputError(f"inference.vae_type = {kind!r} belongs to wan2.2-ti2v-5b; {spec.name} has a VAE of its own, use vae_type: wan")
+        return tiny_codec(device=device, dtype=dtype, group=group), asset(VAE_FILE)
+    found = path or (folder / Path(vae_type(kind).path).name if folder else vae_place(kind))
+    codec = read_codec(found, spec.vae, device=device, dtype=dtype, group=group)
+    if pruning_rate is not None:
+        own = round(1 - codec.vae.dims.decoder_base / spec.vae.decoder_base, 6)
+        if abs(own - pruning_rate) > 1e-3:
+            raise InputError(f"{found} is pruned by {own}, not by {pruning_rate}; leave --lightvae_pruning_rate away, or give the other file")
+    return codec, found
+
+
+def vae_place(kind: str) -> Path:
+    """The documented file of a `vae_type`; the diffusers folder `vae/` beside it where that file is absent."""
+    place = Path(vae_type(kind).path)
+    return place.parent / "vae" if not place.exists() and (place.parent / "vae").is_dir() else place
+
+
+def decode_dtype(config, device: torch.device) -> torch.dtype:
+    """Precision of the VAE: as configured; auto is bfloat16 on a GPU, and on a CPU where the processor computes in it."""
+    if config.inference.dtype == "float32":
+        return torch.float32
+    if config.inference.dtype == "bfloat16" or device.type == "cuda":
+        return torch.bfloat16
+    return cpu_dtype()
+
+
+def load_text_encoder(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[TextEncoder, Path | None]:
+    """The text encoder behind its cache. The small model's has no weights."""
+    if spec.text_kind == "hashed-words":
+        return text_encoder(spec), None
+    from ..models.umt5 import WEIGHTS
+
+    encoder = text_encoder(spec, device=device, dtype=dtype)
+    return encoder, next(path for name in WEIGHTS if (path := Path(spec.folder) / name).exists())
