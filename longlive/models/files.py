@@ -89,8 +89,8 @@ def _all_there(paths: list[Path]) -> list[Path]:
     return paths
 
 
-def open_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """(content, metadata) of one file. Raises CheckpointError when it is empty, truncated, or no weight file."""
+def open_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], bool]:
+    """(content, metadata, whether the tensors are views of the mapped file). Raises CheckpointError for what is empty, truncated or no weight file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -104,7 +104,7 @@ def open_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     return _open_safetensors(path, size, head) if path.suffix == ".safetensors" else _open_torch(path, head)
 
 
-def _open_safetensors(path: Path, size: int, head: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _open_safetensors(path: Path, size: int, head: bytes) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
     (length,) = struct.unpack("<Q", head[:8].ljust(8, b"\0"))
     if head[8:9] != b"{" and size > 8:
         raise CheckpointError(f"{path} is not a safetensors file; {FETCH}")
@@ -116,14 +116,14 @@ def _open_safetensors(path: Path, size: int, head: bytes) -> tuple[dict[str, Ten
         if size < end:
             raise CheckpointError(f"{path} is truncated: {size} bytes{f' of {end}' if header else ''}; fetch it again")
         with safe_open(str(path), "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}), True
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not a readable safetensors file ({_first_line(error)}); {FETCH}") from None
 
 
-def _open_torch(path: Path, head: bytes) -> tuple[Mapping[str, Any], dict[str, Any]]:
+def _open_torch(path: Path, head: bytes) -> tuple[Mapping[str, Any], dict[str, Any], bool]:
     zipped = head.startswith(b"PK\x03\x04")
     if not zipped and not head.startswith(b"\x80"):
         raise CheckpointError(f"{path} is not a weight file (neither safetensors nor torch); {FETCH}")
@@ -137,7 +137,7 @@ def _open_torch(path: Path, head: bytes) -> tuple[Mapping[str, Any], dict[str, A
         raise CheckpointError(f"{path} is truncated or damaged; fetch it again") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; save a state dict")
-    return content, {}
+    return content, {}, zipped
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ the pruning rate is a property of the file, not a setting. A file without encode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ def read_vae(path: str | Path, asked: VAEDims = WAN22_VAE, *, device=None, dtype
     if not any(name.startswith(ENCODER_PARTS) for name in state.tensors):
         vae.drop_encoder()
     load_into(vae, state, kind="vae", device=device, dtype=dtype)
-    return vae, StateFile(tensors=extra, metadata=state.metadata, path=state.path)
+    return vae, replace(state, tensors=extra)
 
 
 def read_codec(path: str | Path, asked: VAEDims = WAN22_VAE, *, device=None, dtype: torch.dtype | None = None, group: int = 0) -> VideoCodec:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,14 @@ HASH_WHOLE_BELOW = 2**30
 SAMPLE = 2**20
 
 
-@dataclass(kw_only=True)
+@dataclass
 class StateFile:
-    """Named tensors of a checkpoint, still in the mapped file, and what else it says about itself (metadata, small values)."""
+    """Named tensors of a checkpoint and what else it says about itself (metadata, small values). `mapped`: the tensors are views of files."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
+    mapped: bool = False
 
 
 def read_state(path: str | Path, *, use_ema: bool = False, entry: str | None = None, kind: str | None = None) -> StateFile:
@@ -51,8 +52,10 @@ def read_state(path: str | Path, *, use_ema: bool = False, entry: str | None = N
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
+    mapped = True
     for file in locate(path):
-        content, info = open_file(file)
+        content, info, views = open_file(file)
+        mapped = mapped and views
         taken = _take(content, Path(path), use_ema, entry, kind)
         if not isinstance(taken, Mapping):
             raise CheckpointError(f"{path}: its generator entry is a {type(taken).__name__}, not a dictionary of tensors; save a state dict")
@@ -60,7 +63,7 @@ def read_state(path: str | Path, *, use_ema: bool = False, entry: str | None = N
         tensors |= {keymaps.strip_wrappers(k): v for k, v in taken.items() if isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; check that it is a checkpoint")
-    return StateFile(tensors=tensors, metadata=metadata, path=Path(path))
+    return StateFile(tensors=tensors, metadata=metadata, path=Path(path), mapped=mapped)
 
 
 def _take(content: Mapping, path: Path, use_ema: bool, entry: str | None, kind: str | None) -> Mapping:
@@ -106,7 +109,7 @@ def native_state(state: StateFile, kind: str | None) -> StateFile:
             raise CheckpointError(f"{state.path}: two keys mean {ours} (one is {name}); save the state dict again")
         if ours is not None:
             tensors[ours] = tensor
-    return StateFile(tensors=tensors, metadata=state.metadata, path=state.path)
+    return replace(state, tensors=tensors)
 
 
 def build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
@@ -134,7 +137,9 @@ def load_into(
     targets = dict(_slots(module))
     check_keys({name: tuple(owner[leaf].shape) for name, (owner, leaf) in targets.items()}, state)
     for name, (owner, leaf) in targets.items():
-        _fill(owner, leaf, state.tensors.pop(name), device, dtype)
+        tensor = state.tensors.pop(name)
+        if not _fill(owner, leaf, tensor, device, dtype) and state.mapped:
+            release(tensor)
     return state.metadata
 
 
@@ -150,17 +155,16 @@ def _slots(module: nn.Module):
                 yield dot + name, (child._buffers, name)
 
 
-def _fill(owner: dict, leaf: str, tensor: Tensor, device, dtype: torch.dtype | None) -> None:
+def _fill(owner: dict, leaf: str, tensor: Tensor, device, dtype: torch.dtype | None) -> bool:
+    """Whether the module now holds `tensor` itself (it was right as it is)."""
     target = owner[leaf]
     if not target.is_meta:
         with torch.no_grad():
             target.copy_(tensor)
-        release(tensor)
-        return
+        return False
     placed = tensor.to(device=device or "cpu", dtype=dtype if tensor.is_floating_point() else None)
-    if placed is not tensor:
-        release(tensor)
     owner[leaf] = nn.Parameter(placed, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else placed
+    return placed is tensor
 
 
 def check_keys(expected: Mapping[str, tuple[int, ...]], state: StateFile) -> None:
