@@ -134,7 +134,8 @@ def load_tokenizer(folder: Path):
 def config_of(tensors: dict[str, Tensor]):
     """The sizes of an encoder from its tensors (under transformers' names); UMT5-XXL's where a tensor is missing, so that the loader names it."""
     layer = "encoder.block.0.layer"
-    needed = ("shared.weight", f"{layer}.0.SelfAttention.q.weight", f"{layer}.1.DenseReluDense.wi_0.weight", f"{layer}.0.SelfAttention.relative_attention_bias.weight")
+    attention = f"{layer}.0.SelfAttention"
+    needed = ("shared.weight", f"{attention}.q.weight", f"{layer}.1.DenseReluDense.wi_0.weight", f"{attention}.relative_attention_bias.weight")
     if any(name not in tensors for name in needed):
         return umt5_xxl_config()
     (vocab, dim), attention, ffn, (buckets, heads) = (

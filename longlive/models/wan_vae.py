@@ -124,7 +124,9 @@ class Conv(nn.Module):
     `border` is (top, bottom, left, right) zero padding in space. Other number formats replace `kernel`, other layouts the `Spatial` strategy.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: tuple[int, ...], *, stride: tuple[int, ...] | None = None, border: tuple[int, ...] | None = None):
+    def __init__(
+        self, inputs: int, outputs: int, kernel_size: tuple[int, ...], *, stride: tuple[int, ...] | None = None, border: tuple[int, ...] | None = None
+    ):
         super().__init__()
         pad = kernel_size[-1] // 2
         self.stride, self.border = stride or (1,) * len(kernel_size), border or (pad,) * 4
@@ -396,7 +398,8 @@ def check_clip(frames: int, height: int, width: int, *, start: bool) -> None:
     if start:
         latent_frames(frames)
     elif frames < 1 or frames % TEMPORAL_STRIDE:
-        raise InputError(f"{frames} frames cannot continue a stream: after the first piece the VAE takes 4k frames; use {max(1, frames // TEMPORAL_STRIDE) * TEMPORAL_STRIDE}")
+        fitting = max(1, frames // TEMPORAL_STRIDE) * TEMPORAL_STRIDE
+        raise InputError(f"{frames} frames cannot continue a stream: after the first piece the VAE takes 4k frames; use {fitting}")
     for name, value in (("height", height), ("width", width)):
         if value <= 0 or value % SPATIAL_STRIDE:
             near = max(SPATIAL_STRIDE, round(value / SPATIAL_STRIDE) * SPATIAL_STRIDE)

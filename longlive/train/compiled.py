@@ -1,7 +1,7 @@
 """torch.compile where it pays: transformer blocks, and the norm and activation of the VAE.
 
-Attention stays outside the graph. Blocks are compiled one by one (they share one graph); attention itself is a handful of library calls per chunk and is left alone, except that
-the rotation before it, a chain of small elementwise passes, becomes a graph of its own.
+Attention stays outside the graph. Blocks are compiled one by one (they share one graph); attention itself is a handful of library calls
+per chunk and is left alone, except that the rotation before it, a chain of small elementwise passes, becomes a graph of its own.
 """
 
 from __future__ import annotations

@@ -122,7 +122,9 @@ class StopRequest:
 class Loop:
     """One run of one task in `logdir`. `fit` trains to the limit, or raises Interrupted after saving."""
 
-    def __init__(self, task: Task, settings: LoopSettings, logdir: Path, *, config: dict, replicas: Replicas, auto_resume: bool = True, tracker: Callable | None = None):
+    def __init__(
+        self, task: Task, settings: LoopSettings, logdir: Path, *, config: dict, replicas: Replicas, auto_resume: bool = True, tracker: Callable | None = None
+    ):
         self.task, self.settings, self.logdir, self.config, self.replicas = task, settings, logdir, config, replicas
         self.optimizer = adamw(task.module, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
         self.ema = EMA(task.module, settings.ema_decay, settings.ema_start_step)
