@@ -132,7 +132,12 @@ def test_unwrapping_prefers_state_dict(tmp_path, vae_state):
 
 
 def test_a_light_vae_in_diffusers_names_without_encoder_decodes(tmp_path, vae_state):
-    rename = {"conv2.": "post_quant_conv.", "decoder.conv1.": "decoder.conv_in.", "decoder.head.0.": "decoder.norm_out.", "decoder.head.2.": "decoder.conv_out."}
+    rename = {
+        "conv2.": "post_quant_conv.",
+        "decoder.conv1.": "decoder.conv_in.",
+        "decoder.head.0.": "decoder.norm_out.",
+        "decoder.head.2.": "decoder.conv_out.",
+    }
     theirs = {"dynamic_feature_projection_heads.0.weight": torch.zeros(2)}
     for name, tensor in vae_state.items():
         if name.startswith(("decoder.", "conv2.")):
