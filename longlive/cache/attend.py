@@ -177,10 +177,10 @@ class _Plan:
         size, count = stop - start, max(map(len, visible))
         padded = [v + [-1] * (count - len(v)) for v in visible]
         rows = torch.tensor([[b * len(self.bounds) + max(c, 0) for c in v] for b, v in enumerate(padded)], dtype=torch.int64)
-        read = ChunkRead(start, stop, rows.flatten().to(self.device))
+        read = ChunkRead(start, stop, rows.flatten().to(self.device, non_blocking=True))
         if any(-1 in v for v in padded):
             there = torch.tensor([[c >= 0 for c in v] + [True] for v in padded])
-            read = replace(read, bias=there.repeat_interleave(size, 1)[:, None, None].to(self.device))
+            read = replace(read, bias=there.repeat_interleave(size, 1)[:, None, None].to(self.device, non_blocking=True))
         if self.relative:
             ranks = torch.tensor([[*range(count), len(v)] for v in visible])
             frames = size // self.tokens.frame_tokens
@@ -189,7 +189,7 @@ class _Plan:
         return read
 
     def _tables(self, position_BF: torch.Tensor) -> Tables:
-        position_BF = position_BF.to(self.device, torch.float64)
+        position_BF = position_BF.to(self.device, torch.float64, non_blocking=True)
         return rope_tables(self.tokens, self.head_dim, t_scale=self.t_scale, position_BF=position_BF)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from ..config import Config, availability
 from ..config.show import config_table, config_yaml
 from ..core.errors import InputError, NotAvailable
-from ..core.log import logger
+from ..core.log import launch_rank, logger
 from ..parallel.data_parallel import Replicas
 from .trainer import Loop, LoopSettings
 
@@ -68,6 +69,8 @@ def _run_task(task_class: Callable) -> Callable[[Config, Path, RunOptions], dict
     def run_task(config: Config, logdir: Path, options: RunOptions) -> dict[str, float]:
         device_type = "cuda" if torch.cuda.is_available() and config.inference.device != "cpu" else "cpu"
         replicas = Replicas.launch(device_type)
+        if replicas.rank:
+            logger.setLevel(logging.WARNING)
         device = training_device(config.inference.device, replicas.local_rank)
         seed = config.logging.seed or int(replicas.maximum(secrets.randbelow(2**31) + 1)[0])
         config = config.with_overrides([f"logging.seed={seed}"])
@@ -133,7 +136,8 @@ def run(config: Config, logdir: Path, options: RunOptions = RunOptions()) -> dic
     logdir = Path(logdir)
     try:
         logdir.mkdir(parents=True, exist_ok=True)
-        (logdir / "config.yaml").write_text(config_yaml(config, changed=True), encoding="utf-8")
+        if launch_rank()[0] == 0:
+            (logdir / "config.yaml").write_text(config_yaml(config, changed=True), encoding="utf-8")
     except OSError as error:
         raise InputError(f"--logdir {logdir} cannot be written ({error.strerror}); give another folder") from error
     return TRAINERS[config.algorithm.trainer](config, logdir, options)

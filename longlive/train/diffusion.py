@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
@@ -23,7 +23,7 @@ from ..core.errors import NotAvailable
 from ..core.geometry import Geometry
 from ..core.log import logger
 from ..data.latents import LatentBank, LatentBatch
-from ..diffusion.flow import train_table
+from ..diffusion.flow import TrainTable, train_table
 from ..engine.rollout import RolloutSettings
 from ..models.codec import VideoCodec
 from ..models.spec import ModelSpec, model_spec
@@ -93,7 +93,8 @@ class DiffusionTask:
         self.config, self.settings, self.device = config, config.training, device
         self.rollout = rollout_settings(config)
         table = train_table(config.model_kwargs.timestep_shift)
-        self.table = replace(table, weights=table.weights.clamp(min=config.training.min_loss_weight))
+        weights = table.weights.clamp(min=config.training.min_loss_weight)
+        self.table = TrainTable(table.sigmas.to(device), table.timesteps.to(device), weights.to(device))
         self.mixed = config.infra.mixed_precision and device.type == "cuda"
         torch.manual_seed(config.logging.seed)
         self.module: nn.Module = WanDiT(spec.dit)
@@ -189,7 +190,7 @@ class DiffusionTask:
         if (largest := self.config.algorithm.noise_augmentation_max_timestep) > 0:
             low, high = augmentation_range(largest, self.config.model_kwargs.timestep_shift)
             index = per_frame(draw_indices(batch, chunks, draw.generator, low=low, high=high), self.config.chunk_frames)
-            told = self.table.timesteps.to(self.device)[index].double() / 1000
+            told = self.table.timesteps[index].double() / 1000
             context = mix(clean, noise, told)
         elif s.context_noise > 0:
             sigma_Bc = s.context_noise * torch.rand(batch, chunks, generator=draw.generator, device=self.device)

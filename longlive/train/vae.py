@@ -31,7 +31,7 @@ from .world_windows import Pixels, Stage, draw_windows, story_parameters
 
 FIRST_LOGVAR = -6.0
 HELD_OUT_CLIPS = {"cuda": 16, "cpu": 2}
-HELD_OUT_CHUNKS = 4
+HELD_OUT_FRAMES = 125
 STATISTICS_CLIPS = {"cuda": 96, "cpu": 4}
 
 
@@ -104,25 +104,29 @@ class VAETask:
             mse = (output.float() - video).square().mean()
         return loss, {"psnr": 10 * torch.log10(4 / mse), "kl": kl.detach()}
 
-    def _clips(self, split: str, count: int, chunks: int) -> Iterator[torch.Tensor]:
-        """Frame parameters [1, T, P] of clips that no training step sees."""
-        shape = self.stories | {"chunks": chunks}
+    def _clips(self, split: str, count: int, frames: int) -> Iterator[torch.Tensor]:
+        """Frame parameters [1, T, P] of the first `frames` frames of stories that no training step sees."""
+        shape = self.stories | {"chunks": -(-(frames + 3) // 32)}
         for number in range(count):
-            yield story_parameters([seed_of(self.seed, 1 << 20, number) % (1 << 40)], split=split, **shape).to(self.device)
+            params = story_parameters([seed_of(self.seed, 1 << 20, number) % (1 << 40)], split=split, **shape)
+            yield params[:, :frames].to(self.device)
 
     @torch.no_grad()
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor], statistics_clips: int = 4) -> None:
+        # clips as long as training saw: their convolutions are tuned already
+        clips = self._clips("train", statistics_clips, max(stage.frames for stage in self.stages))
         with self.autocast:
-            mean_KC, std_KC = latent_statistics(self.module, self._clips("train", statistics_clips, HELD_OUT_CHUNKS), self.geometry)
+            mean_KC, std_KC = latent_statistics(self.module, clips, self.geometry)
         save_vae(folder, self.module, mean_KC, std_KC, {"trainer": self.name, "step": str(step), "seed": str(self.seed)})
 
     @torch.no_grad()
     def finish(self, folder: Path) -> dict[str, float]:
-        """Final statistics over many clips, and fidelity on held-out multi-shot clips of 125 frames."""
+        """Final statistics over many clips, and fidelity on held-out multi-shot clips."""
         self.export(folder, -1, {}, STATISTICS_CLIPS[self.device.type])
         count = HELD_OUT_CLIPS[self.device.type]
+        torch.backends.cudnn.benchmark = False  # tuning would take longer than these few clips
         with self.autocast:
-            whole, inside, late = fidelity(self.module, self._clips("held-out", count, HELD_OUT_CHUNKS), self.geometry)
+            whole, inside, late = fidelity(self.module, self._clips("held-out", count, HELD_OUT_FRAMES), self.geometry)
         results = {"psnr": whole, "psnr_characters": inside, "psnr_last_frames": late, "clips": count}
         logger.info("held-out: %s", ", ".join(f"{k} {v:.2f}" for k, v in results.items()))
         return results

@@ -1,0 +1,125 @@
+"""Both trainers of the small model, from a configuration to weights; stopping and going on changes nothing."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longlive.config import load_config
+from longlive.core.errors import CheckpointError, Interrupted
+from longlive.models import spec
+from longlive.models.light_vae import read_codec
+from longlive.models.spec import DiTDims, VAEDims
+from longlive.models.weights import read_state
+from longlive.train import RunOptions, checkpoint, run
+from longlive.train.diffusion import DiffusionTask
+
+VAE = {
+    "model_kwargs": {"model_name": "tiny"},
+    "algorithm": {"trainer": "vae"},
+    "data": {"image_or_video_shape": [1, 16, 48, 2, 4]},
+    "world": {"clips": 2, "chunks": 2, "max_shots": 2},
+    "vae": {
+        "encoder_base": 4,
+        "decoder_base": 4,
+        "stages": [
+            {"height": 32, "width": 32, "frames": 5, "batch": 2, "fraction": 0.5, "character_crops": 0.75},
+            {"height": 32, "width": 64, "frames": 9, "batch": 1, "fraction": 0.5},
+        ],
+    },
+    "training": {"lr": 1.0e-3, "beta1": 0.9, "max_iters": 3, "ema_weight": 0.0, "lr_schedule": "cosine"},
+}
+
+AR = {
+    "model_kwargs": {"model_name": "tiny"},
+    "algorithm": {"trainer": "diffusion", "teacher_forcing": True, "i2v": True},
+    "data": {"image_or_video_shape": [1, 16, 48, 2, 4]},
+    "world": {"clips": 3, "chunks": 3, "max_shots": 3, "refresh": 1},
+    "infra": {"gradient_checkpointing": False},
+    "training": {
+        "lr": 1.0e-3, "beta1": 0.9, "max_iters": 4, "log_iters": 2, "batch_size": 2, "noisy_copies": 2, "ema_weight": 0.9, "ema_start_step": 0,
+        "visibility": "window", "shot_offset": True, "position_gap": 512, "position_gap_prob": 0.5, "text_dropout": 0.3, "context_noise": 0.15,
+        "context_noise_prob": 0.7, "character_weight": 3.0, "i2v_prob": 0.5, "lr_schedule": "cosine",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_tiny(monkeypatch):
+    """`tiny` with a network of seconds instead of minutes."""
+    dit = DiTDims(dim=32, ffn=64, layers=2, heads=2, text_dim=20, text_len=64)
+    monkeypatch.setitem(spec.MODELS, "tiny", replace(spec.TINY, dit=dit))
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    results = run(load_config(VAE), folder, RunOptions(save=False))
+    return folder, results
+
+
+@pytest.fixture
+def ar_config(vae_folder):
+    return load_config(AR, [f"checkpoints.vae_ckpt={vae_folder[0] / 'vae.safetensors'}"])
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}
+
+
+def test_the_vae_trainer_writes_a_codec_with_two_rows_of_statistics(vae_folder):
+    folder, results = vae_folder
+    assert list(losses(folder)) == [1, 2, 3] and results["psnr"] > 3
+    codec = read_codec(folder / "vae.safetensors", VAEDims(encoder_base=16, decoder_base=24))
+    assert codec.vae.dims.encoder_base == 4 and codec.mean_KC.shape == (2, 48) and codec.std_KC.min() > 0
+    assert not list(folder.glob("checkpoint_model_*"))
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ar_config, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(ar_config, whole)
+    run(ar_config, parts)
+    later = checkpoint.folders(parts)[-1]
+    (later / checkpoint.FILE).unlink()
+    later.rmdir()
+    assert [f.name for f in checkpoint.folders(parts)] == ["checkpoint_model_000002"]
+    run(ar_config, parts)
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 4
+    for name in ("raw", "dit"):
+        first, second = (read_state(next(f.glob(f"{name}-00001*"))).tensors for f in (whole, parts))
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_stop_signal_saves_and_exits_with_130(ar_config, tmp_path, monkeypatch):
+    honest = DiffusionTask.loss
+
+    def loss(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, batch)
+
+    monkeypatch.setattr(DiffusionTask, "loss", loss)
+    with pytest.raises(Interrupted) as stopped:
+        run(ar_config, tmp_path)
+    assert stopped.value.exit_code == 130 and "step 1" in str(stopped.value)
+    assert checkpoint.folders(tmp_path)[-1].name == "checkpoint_model_000001" and list(losses(tmp_path)) == [1]
+
+
+def test_a_later_leg_starts_from_the_weights_alone(ar_config, tmp_path):
+    run(ar_config.with_overrides(["training.max_iters=1"]), tmp_path / "one")
+    start = tmp_path / "one" / "raw-00001-of-00001.safetensors"
+    leg = ar_config.with_overrides([f"checkpoints.generator_ckpt={start}", "training.max_iters=1", "training.lr=1e-12"])
+    run(leg, tmp_path / "two")
+    before, after = (read_state(f / "raw-00001-of-00001.safetensors").tensors for f in (tmp_path / "one", tmp_path / "two"))
+    assert all(torch.allclose(before[k], after[k], atol=1e-6) for k in before)
+    assert list(losses(tmp_path / "two")) == [1]
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(ar_config, tmp_path):
+    run(ar_config.with_overrides(["training.max_iters=1"]), tmp_path)
+    with pytest.raises(CheckpointError, match="written by trainer 'diffusion'"):
+        run(load_config(VAE), tmp_path)
+    run(load_config(VAE, ["training.max_iters=1"]), tmp_path, RunOptions(auto_resume=False, save=False))
