@@ -79,15 +79,22 @@ def first_frame(path: str | Path, geometry: Geometry) -> torch.Tensor:
     raise InputError(f"video {path} has no frames; give a clip with at least one")
 
 
-def load_clip(path: str | Path, geometry: Geometry, max_frames: int | None = None) -> torch.Tensor:
-    """The clip at 24 fps: float32 [3, T, height, width] in [-1, 1], at most `max_frames` frames. Memory is bounded by T."""
-    info, pixels, source = probe(path), [], 0
+def clip_frames(path: str | Path, geometry: Geometry, max_frames: int | None = None) -> Iterator[torch.Tensor]:
+    """The clip at 24 fps, frame by frame: float32 [3, height, width] in [-1, 1], at most `max_frames` of them."""
+    fps, count, wanted = probe(path).fps, 0, 0
     for index, image in enumerate(decode_frames(path)):
-        while source <= index and (max_frames is None or len(pixels) < max_frames):
-            pixels.append(to_pixels(image, geometry))
-            source = round(len(pixels) * info.fps / FPS)
-        if max_frames is not None and len(pixels) >= max_frames:
-            break
+        pixels = to_pixels(image, geometry) if wanted <= index else None
+        while wanted <= index:
+            if max_frames is not None and count >= max_frames:
+                return
+            yield pixels
+            count += 1
+            wanted = round(count * fps / FPS)
+
+
+def load_clip(path: str | Path, geometry: Geometry, max_frames: int | None = None) -> torch.Tensor:
+    """The clip at 24 fps as one tensor: float32 [3, T, height, width] in [-1, 1]. Memory grows with T."""
+    pixels = list(clip_frames(path, geometry, max_frames))
     if not pixels:
         raise InputError(f"video {path} has no frames; give a clip with at least one")
     return torch.stack(pixels, dim=1)

@@ -8,13 +8,17 @@ Legend: B batch, K known latent frames, C latent channels, T pixel frames.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..core.errors import InputError
 from ..core.geometry import TEMPORAL_STRIDE
 from ..core.story import ChunkPlan, Shot, Storyboard
-from ..data.videos import first_frame, load_clip
+from ..data.videos import clip_frames, first_frame
 from ..diffusion.known import KnownFrames
+
+PIECE = 32  # pixel frames encoded at a time, after the first one
 
 
 class Here(KnownFrames):
@@ -56,7 +60,7 @@ class Conditioning:
     def _start(self, board: Storyboard, max_frames: int) -> torch.Tensor | None:
         """Latents [1, K, C, h, w] that the film begins with."""
         if board.video:
-            return self._encode(whole_clip(load_clip(board.video, self.pipeline.geometry, max_frames)))
+            return self._encode_clip(clip_frames(board.video, self.pipeline.geometry, max_frames))
         path = board.image or board.shots[0].image
         return None if path is None else self._encode(first_frame(path, self.pipeline.geometry)[:, None])
 
@@ -68,10 +72,23 @@ class Conditioning:
     def _encode(self, pixels_CTHW: torch.Tensor) -> torch.Tensor:
         return self.pipeline.codec.encode(pixels_CTHW[None]).to(self.pipeline.device, torch.float32)
 
+    @torch.no_grad()
+    def _encode_clip(self, frames: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The latents of a clip, a piece at a time, so that only latents add up. Last frames that do not fill a latent frame are left out."""
+        state, parts, piece = None, [], []
+        for frame in frames:
+            piece.append(frame)
+            if len(piece) == (PIECE if state else PIECE + 1):
+                state, z = self.pipeline.codec.stream_encode(state, torch.stack(piece, dim=1)[None])
+                parts.append(z)
+                piece = []
+        first = 0 if state else 1
+        whole = first + (len(piece) - first) // TEMPORAL_STRIDE * TEMPORAL_STRIDE if len(piece) >= first else 0
+        if whole:
+            parts.append(self.pipeline.codec.stream_encode(state, torch.stack(piece[:whole], dim=1)[None])[1])
+        if not parts:
+            raise InputError("the given clip has no frames; give one that plays")
+        return torch.cat(parts, dim=1).to(self.pipeline.device, torch.float32)
+
     def _batch(self, films: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(films).repeat_interleave(self.samples, dim=0)
-
-
-def whole_clip(pixels_CTHW: torch.Tensor) -> torch.Tensor:
-    """The clip without the last frames that do not fill a latent frame: 1 + 4k frames remain."""
-    return pixels_CTHW[:, : 1 + (pixels_CTHW.shape[1] - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE]

@@ -162,19 +162,6 @@ class FramesSink:
         shutil.rmtree(beside(self.path), ignore_errors=True)
 
 
-class NoSink:
-    """Takes everything, keeps nothing: for measuring and for callers that read the session themselves."""
-
-    def write(self, frames_THW3: torch.Tensor | None, z_FCHW: torch.Tensor | None = None) -> None:
-        return None
-
-    def close(self) -> Path | None:
-        return None
-
-    def abort(self) -> None:
-        return None
-
-
 def write_text(path: Path, text: str) -> Path:
     """A UTF-8 text file, whole or not at all. Raises InputError when the disk refuses."""
     try:

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from ..config.load import OVERRIDE
+from ..core.errors import ConfigError
 from ..core.schedule import chunk_schedule
 from ..core.story import Storyboard
 from ..data.prompts import SourceSettings, fitted, read_path, read_source
@@ -16,13 +19,13 @@ SENTENCE_CHUNKS = 4  # 5.2 seconds
 SHOT_CHUNKS = 2
 
 
-def source_settings(config, i2v: bool | None = None) -> SourceSettings:
-    """What the configuration says about reading sources. `i2v` None: decided by what a folder holds."""
+def source_settings(config) -> SourceSettings:
+    """What the configuration says about reading sources. Without `i2v`, a folder's own contents decide."""
     d = config.data
     return SourceSettings(
         chunk_frames=config.chunk_frames,
         chunks_per_shot=d.chunks_per_shot,
-        i2v=i2v,
+        i2v=config.algorithm.i2v or None,
         allow_padding=d.allow_padding,
         min_latent_frames=d.min_latent_frames,
         uniform_prompt=d.uniform_prompt,
@@ -31,20 +34,22 @@ def source_settings(config, i2v: bool | None = None) -> SourceSettings:
 
 
 def boards_for_generate(config, source: str | Path) -> list[Storyboard]:
-    """The storyboards of `longlive generate`: every shot has its duration."""
-    settings = source_settings(config, True if config.algorithm.i2v else None)
+    """The storyboards of `longlive generate`: every shot has its duration. A seed given on the command line beats a storyboard's own."""
+    settings = source_settings(config)
     if length_is_given(config):
-        return read_source(source, config_chunks(config), settings)
-    return [fitted(board, usual_chunks(board)) for board in read_source(source, None, settings)]
+        boards = read_source(source, config_chunks(config), settings)
+    else:
+        boards = [fitted(board, usual_chunks(board)) for board in read_source(source, None, settings)]
+    if config.provenance["logging.seed"] == OVERRIDE:
+        boards = [replace(board, seed=None) for board in boards]
+    return boards
 
 
 def boards_for_inference(config) -> list[Storyboard]:
     """The storyboards of `inference.py`: `data.data_path`, each film `num_output_frames` long, as documented."""
     if config.data.data_path is None:
-        from ..core.errors import ConfigError
-
-        raise ConfigError("data.data_path is not set; give a prompts file, a caption folder or a storyboard file")
-    return read_path(config.data.data_path, config_chunks(config), source_settings(config, config.algorithm.i2v))
+        raise ConfigError(f"{config.source}: data.data_path is not set; set it to a prompts file or a folder of captions")
+    return read_path(config.data.data_path, config_chunks(config), source_settings(config))
 
 
 def config_chunks(config) -> int:
