@@ -12,6 +12,7 @@ from ..models.spec import model_spec
 from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE
 from ..models.weights import StateFile, load_into, read_state
+from .compiled import channels_last
 from .export import STATISTICS
 
 
@@ -33,5 +34,5 @@ def codec_for_training(config: Config, device: torch.device, dtype: torch.dtype)
     codec = read_codec(path, model_spec(config.model_kwargs.model_name).vae, device=device, dtype=dtype)
     codec.vae.requires_grad_(False)
     if device.type == "cuda":
-        codec.vae.to(memory_format=torch.channels_last_3d)
+        channels_last(codec.vae)
     return codec

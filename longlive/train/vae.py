@@ -21,7 +21,7 @@ from ..core.log import logger
 from ..models.spec import VAEDims
 from ..models.wan_vae import WanVAE, norm_silu
 from ..parallel.data_parallel import Replicas
-from .compiled import compiled_pointwise
+from .compiled import channels_last, compiled_pointwise
 from .export import save_vae
 from .start import load_vae
 from .trainer import Draw, seed_of
