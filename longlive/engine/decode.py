@@ -151,7 +151,9 @@ class SideStream(Inline):
     def restore(self, state) -> None:
         self.side.synchronize()
         self.under_way.clear()
-        super().restore(state)
+        with torch.cuda.stream(self.side):  # so that the copy's memory belongs to the stream that reads it
+            super().restore(state)
+        self.side.synchronize()
 
     def close(self) -> None:
         self.side.synchronize()
@@ -166,7 +168,8 @@ class OtherDevice:
         self.worker = Inline(codec)
         self.jobs: queue.Queue = queue.Queue(maxsize=DEPTH)
         self.done: queue.Queue = queue.Queue()
-        self.pending, self.failure = 0, None
+        self.failure = None
+        self.copies: torch.cuda.Stream | None = None
         self.thread = threading.Thread(target=self._work, name="longlive-decode", daemon=True)
         self.thread.start()
 
@@ -175,13 +178,23 @@ class OtherDevice:
             z_BFCHW, produced = job
             try:
                 if self.failure is None:
-                    if produced is not None:
-                        produced.synchronize()
-                    self.done.put(self.worker.decode(z_BFCHW).cpu())
+                    self.done.put(self.worker.decode(self._fetch(z_BFCHW, produced)).cpu())
             except BaseException as error:  # handed over to the thread that generates, which raises it
                 self.failure = error
             finally:
                 self.jobs.task_done()
+
+    def _fetch(self, z_BFCHW: torch.Tensor, produced: torch.cuda.Event | None) -> torch.Tensor:
+        """The latents on the codec's device, by a stream of their own: the generating stream is already full of the next chunk's work."""
+        if produced is None:
+            return z_BFCHW
+        if self.copies is None:
+            self.copies = torch.cuda.Stream(device=z_BFCHW.device)
+        produced.synchronize()
+        with torch.cuda.stream(self.copies):
+            there = z_BFCHW.to(self.worker.device)
+        self.copies.synchronize()
+        return there
 
     def _raise_failure(self) -> None:
         if self.failure is not None:
@@ -194,14 +207,12 @@ class OtherDevice:
             produced = torch.cuda.Event()
             produced.record(torch.cuda.current_stream(z_BFCHW.device))
         self.jobs.put((z_BFCHW, produced))
-        self.pending += 1
 
     def collect(self) -> list[torch.Tensor]:
         self._raise_failure()
         ready = []
         while not self.done.empty():
             ready.append(self.done.get())
-        self.pending -= len(ready)
         return ready
 
     def drain(self) -> list[torch.Tensor]:

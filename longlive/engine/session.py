@@ -230,14 +230,15 @@ class Clock:
     """Seconds that the device worked between creation and `stop`, read once the work is known to be finished."""
 
     def __init__(self, device: torch.device):
-        self.cuda = torch.device(device).type == "cuda"
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
         self.marks = [self._mark()]
 
     def _mark(self):
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def stop(self) -> None:
