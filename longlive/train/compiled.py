@@ -58,10 +58,10 @@ def compiled_pointwise() -> Callable:
 
 
 def channels_last(module: nn.Module) -> None:
-    """Lays 3-D convolution kernels out as the VAE's activations are, in place, so that no call converts them."""
+    """Lays convolution kernels out as the VAE's activations are, in place, so that no call converts them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in module.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        parameter.data = parameter.data.contiguous(memory_format=formats.get(parameter.dim(), torch.contiguous_format))
 
 
 class RotatedAhead:

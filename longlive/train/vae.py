@@ -63,9 +63,7 @@ class VAETask:
             load_vae(vae, config.checkpoints.vae_ckpt)
         self.module: nn.Module = vae.to(device)
         if device.type == "cuda":
-            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-            for parameter in self.module.parameters():
-                parameter.data = parameter.data.contiguous(memory_format=formats.get(parameter.dim(), torch.contiguous_format))
+            channels_last(self.module)
         self.stages = [Stage(**stage.model_dump()) for stage in settings.stages] or [
             Stage(height=self.geometry.height, width=self.geometry.width, frames=17, batch=config.training.batch_size, fraction=1.0, character_crops=0.0)
         ]
