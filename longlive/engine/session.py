@@ -177,7 +177,7 @@ class Session:
             self.known.add_shot(index, number, shot)
 
     def set_prompt(self, prompt: str, film: int | None = None) -> None:
-        """From the next chunk to the end of its shot, `film` (None: every film) shows `prompt`, without a cut of its own."""
+        """From the next chunk that is begun to the end of its shot, `film` (None: every film) shows `prompt`, without a cut of its own."""
         if not prompt.strip():
             raise InputError("the prompt is empty; say what the film shows from here on")
         for plans in self.plans if film is None else [self.plans[film]]:
