@@ -20,9 +20,10 @@ from .pipeline import rollout_settings
 
 WAN_DECODE_FLOP, WAN_DECODE_BASE, WAN_LATENT_PIXELS = 66.30e12, 256, 44 * 80
 LIGHT_SCALE = {"mg_lightvae": 0.5, "mg_lightvae_v2": 0.25}
-DIT_SHARE = {"cpu": 0.55, "cuda": 0.6}  # of the measured rate that a whole chunk reaches
-DECODE_SHARE = {"cpu": 0.25, "cuda": 0.4}
+DIT_SHARE = {"cpu": 0.8, "cuda": 0.6}  # of the measured rate that a whole chunk reaches
+DECODE_SHARE = {"cpu": 0.6, "cuda": 0.4}
 UMT5_PARAMETERS = 5.68e9
+PROCESS_BYTES = 0.35 * 2**30  # Python and its libraries
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def estimate(config, board: Storyboard, chunks: int, device: torch.device, dtype
     text = UMT5_PARAMETERS * item if spec.text_kind == "umt5-xxl" else 0
     weights = dit_parameters(spec.dit) * item + vae_parameters(spec.vae) * item + text
     working = samples * (16 * tokens * spec.dit.ffn * item + 24 * base * geometry.height * geometry.width * item)
-    return Estimate(weights + pages + working, chunks * chunk_seconds, chunk_seconds)
+    return Estimate(PROCESS_BYTES + weights + pages + working, chunks * chunk_seconds, chunk_seconds)
 
 
 def vae_parameters(dims: VAEDims) -> float:
