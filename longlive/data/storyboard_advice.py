@@ -35,7 +35,7 @@ def advise(board: Storyboard) -> list[str]:
     advice = [
         _many(lengths, lambda n: n < SHORT, f"about {{}} tokens; the guide asks for roughly {TOKENS} a shot: say more"),
         _many(lengths, lambda n: n > LONG, f"about {{}} tokens; the guide asks for roughly {TOKENS} a shot, and 512 is the most that is read"),
-        _many(counts, lambda n: n not in PARAGRAPHS, "{} paragraphs; the guide asks for five or six, separated by blank lines"),
+        _many(counts, lambda n: n not in PARAGRAPHS, "paragraphs: {}; the guide asks for five or six, separated by blank lines"),
         _many([LIST_LINE.search(p) is not None for p in prompts], bool, "lists or headings; write complete sentences"),
     ]
     return [line for line in advice if line] + _continuity(board)
@@ -47,7 +47,7 @@ def _many(values: list, bad, text: str) -> str | None:
     if not hit:
         return None
     low, high = min(values[i] for i in hit), max(values[i] for i in hit)
-    return f"shot {_ranges(hit)}: " + text.format(low if low == high else f"{low} to {high}")
+    return f"shot{'s' if len(hit) > 1 else ''} {_ranges(hit)}: " + text.format(low if low == high else f"{low} to {high}")
 
 
 def _ranges(indices: list[int]) -> str:

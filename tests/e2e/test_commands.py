@@ -36,7 +36,7 @@ def story(tmp_path):
 def test_check_says_ok_with_advice_or_names_the_line(story, capsys):
     assert run(app, ["storyboard", "check", str(story)]) == 0
     out = capsys.readouterr().out
-    assert "advice: shot 1-2" in out and out.rstrip().endswith("home.yaml, 2 shots")
+    assert "advice: shots 1-2" in out and out.rstrip().endswith("home.yaml, 2 shots")
     story.write_text(STORY.replace("seconds", "second"))
     assert run(app, ["storyboard", "check", str(story)]) == 2
     error = capsys.readouterr().err
