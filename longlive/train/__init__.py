@@ -16,7 +16,7 @@ import torch
 from ..config import Config, availability
 from ..config.show import config_table, config_yaml
 from ..core.errors import InputError, NotAvailable
-from ..core.log import launch_rank, logger
+from ..core.log import launch_rank, logger, warn_once
 from ..parallel.data_parallel import Replicas
 from .trainer import Loop, LoopSettings
 
@@ -133,6 +133,8 @@ def run(config: Config, logdir: Path, options: RunOptions = RunOptions()) -> dic
     Returns the last measurements. Raises Interrupted (exit code 130) when asked to stop, after saving.
     """
     availability(config, "train")
+    if config.evaluation.interval > 0:
+        warn_once("films during training (evaluation.interval) are not made yet; generate them from the weights in --logdir")
     logdir = Path(logdir)
     try:
         logdir.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from longlive.models.spec import DiTDims, VAEDims
 from longlive.models.weights import read_state
 from longlive.train import RunOptions, checkpoint, run
 from longlive.train.diffusion import DiffusionTask
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 VAE = {
     "model_kwargs": {"model_name": "tiny"},
@@ -123,3 +126,16 @@ def test_a_checkpoint_of_another_trainer_is_refused(ar_config, tmp_path):
     with pytest.raises(CheckpointError, match="written by trainer 'diffusion'"):
         run(load_config(VAE), tmp_path)
     run(load_config(VAE, ["training.max_iters=1"]), tmp_path, RunOptions(auto_resume=False, save=False))
+
+
+def test_the_command_refuses_bad_input_with_one_line(tmp_path, capsys):
+    from longlive.cli.app import app
+    from longlive.cli.app import run as command
+
+    assert command(app, ["train", str(tmp_path / "none.yaml"), "--logdir", str(tmp_path)]) == 2
+    assert command(app, ["train", str(CONFIGS / "tiny/train_ar.yaml"), "--logdir", str(tmp_path), "training.lrr=1"]) == 2
+    assert command(app, ["train", str(CONFIGS / "train_dmd.yaml"), "--logdir", str(tmp_path)]) == 2
+    assert command(app, ["train", str(CONFIGS / "train_ar.yaml"), "--logdir", str(tmp_path), "infra.sequence_parallel_size=1"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 4 and all(line.startswith("error: ") for line in lines) and "training.lr" in lines[1]
+    assert not list(tmp_path.glob("*.safetensors"))
