@@ -127,11 +127,12 @@ def _noun(role: "Role", draw: Draw) -> str:
     return " ".join([article, *(w for w in words if w)])
 
 
-def _cast(nouns: list[str], verbs: list[str], draw: Draw) -> str:
+def _cast(nouns: list[str], verbs: list[str], manner: int) -> str:
+    """One or two characters with their verbs; two are joined in one of three manners, of which the last needs a sentence of its own."""
     if len(nouns) == 1:
         return f"{nouns[0]} {verbs[0]}"
     a, b = (f"{noun} {verb}" for noun, verb in zip(nouns, verbs))
-    return draw.pick((f"{a} and {b}", f"{a} on the left and {b} on the right", f"on the left {a} and on the right {b}"))
+    return (f"{a} and {b}", f"{a} on the left and {b} on the right", f"on the left {a} and on the right {b}")[manner]
 
 
 def _sentence_case(text: str) -> str:
@@ -144,8 +145,8 @@ def caption(roles: Sequence["Role"], setting: str, camera: str, draw: Draw, held
     nouns = [_noun(role, draw) for role in roles]
     pairs = [draw.pick(ACTION_WORDS[role.action]) for role in roles]
     text = frame.format(
-        who=_cast(nouns, [p[0] for p in pairs], draw),
-        whom=_cast(nouns, [p[1] for p in pairs], draw),
+        who=_cast(nouns, [p[0] for p in pairs], draw.below(3)),
+        whom=_cast(nouns, [p[1] for p in pairs], draw.below(2)),
         place=draw.pick(SETTING_WORDS[setting]),
         camera=draw.pick(CAMERA_WORDS[camera]),
         shot=draw.pick((*CAMERA_WORDS[camera], CAMERA_NOUNS[camera])),

@@ -1,7 +1,8 @@
 """The learned part of the judge: what one tracked character is and does, from crops that follow it and from its track.
 
 Ten frames over about one chunk, each a 40x40 crop around the character, scaled by its own area: colours and the mask of its colour go
-through a small convolution, the per-frame features and the track through a convolution over time, and one linear layer per question.
+through a small convolution, the per-frame features and the track through a convolution over time, the track also by itself through two
+linear layers; one linear layer per question.
 
 Legend: N characters, S = 10 sampled frames, 4 crop channels (RGB, mask), 4 track features.
 """
@@ -64,11 +65,12 @@ class JudgeNet(nn.Module):
             nn.SiLU(),
             nn.Conv1d(features, features, 3, 1, 1),
         )
-        self.heads = nn.ModuleDict({name: nn.Linear(3 * features, len(classes)) for name, classes in HEADS.items()})
+        self.path = nn.Sequential(nn.Flatten(), nn.Linear(SAMPLES * 4, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(4 * features, len(classes)) for name, classes in HEADS.items()})
 
     def forward(self, crops: torch.Tensor, track: torch.Tensor) -> dict[str, torch.Tensor]:
         n, s = crops.shape[:2]
         seen = F.silu(self.squeeze(self.eye(crops.flatten(0, 1)))).view(n, s, -1)
         over_time = F.silu(self.time(torch.cat([seen, track], dim=2).transpose(1, 2)))
-        summary = torch.cat([seen.mean(1), over_time.mean(2), over_time.amax(2)], dim=1)
+        summary = torch.cat([seen.mean(1), over_time.mean(2), over_time.amax(2), self.path(track)], dim=1)
         return {name: head(summary) for name, head in self.heads.items()}

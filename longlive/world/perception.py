@@ -111,9 +111,9 @@ def find_characters(masks_TKhw: torch.Tensor) -> list[tuple[int, torch.Tensor, t
 
 
 def character_cover(masks_TKhw: torch.Tensor) -> torch.Tensor:
-    """float32 [T, h, w]: 1 on characters and 12 pixels around them, from the masks of all colours that show at least a speck."""
-    solid = F.avg_pool2d(masks_TKhw.amax(1, keepdim=True), 3, 1, 1) > 0.6
-    return F.max_pool2d(solid.float(), 13, 1, 6)[:, 0]
+    """float32 [T, h, w]: 1 on characters and 16 pixels around them, from the masks of all colours that show at least a speck."""
+    solid = F.avg_pool2d(masks_TKhw.amax(1, keepdim=True), 3, 1, 1) > 0.3
+    return F.max_pool2d(solid.float(), 17, 1, 8)[:, 0]
 
 
 def read_setting(frames_T3hw: torch.Tensor, cover_Thw: torch.Tensor) -> tuple[int, float]:
@@ -155,7 +155,7 @@ def read_camera(motion_T3: torch.Tensor) -> tuple[int, float]:
     seconds = len(motion_T3) / 28
     pan = float(path[-1, 0]) / (70 * seconds)
     tilt = float(path[:, 1].max() - path[:, 1].min()) / 20
-    zoom = float(path[:, 2].max() - path[:, 2].min()) / 0.25
+    zoom = float(path[:, 2].max() - path[:, 2].min()) / 0.35
     evidence = {"still": 0.33, "left": pan, "right": -pan, "zoom": zoom, "tilt": tilt}
     name = max(evidence, key=lambda camera: evidence[camera])
     return CAMERAS.index(name), min(max(evidence[name], 0.0), 1.0)

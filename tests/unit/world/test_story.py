@@ -15,7 +15,7 @@ from longlive.world.vocabulary import ACTIONS, CAMERAS, COLOURS, SETTINGS, SHAPE
 FIRST = (
     73198622700834,
     [False, True, False, False, False, True],
-    "The camera pans to the left while in the city by night a mid-sized spotted pink crescent twirls.",
+    "The camera pans left while in a city at night a mid-sized spotted pink crescent twirls.",
 )
 
 
