@@ -51,6 +51,8 @@ class Pipeline:
 
         availability(config, "generate")
         device = choose_device(config, device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # pinned buffers and kernels belong to this process's card
         net_dtype = dtype or choose_dtype(config, device)
         kind, place = decode_place(config, device)
         parts = cls.unloaded(config, device, net_dtype, kind)
