@@ -64,7 +64,7 @@ def _in_folder(folder: Path) -> list[Path]:
     if len(files) == 1:
         return files
     found = ", ".join(f.name for f in files[:4]) or "nothing"
-    raise CheckpointError(f"{folder} is a folder and holds {found} as weights; name one file")
+    raise CheckpointError(f"{folder} is a folder and holds {found} as weights, not one model (an index, safetensors); name one file, or fetch the rest")
 
 
 def _siblings(folder: Path, shard: re.Match) -> list[Path]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames
+from ..core.geometry import TEMPORAL_STRIDE, latent_frames
 from .spec import VAEDims
 
 PATCH = 2
@@ -178,8 +178,8 @@ class DoublingConv(Conv):
         super().__init__(channels, channels, (3, 3))
 
     def phases(self) -> Tensor:
-        """[4 O, I, 2, 2]: the taps of phase (j, k), j slower. Sums are formed in float32."""
-        w = self.weight.float()
+        """[4 O, I, 2, 2]: the taps of phase (j, k), j slower. Sums are formed in at least float32."""
+        w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         rows = torch.stack([torch.stack([w[:, :, 0], w[:, :, 1] + w[:, :, 2]], 2), torch.stack([w[:, :, 0] + w[:, :, 1], w[:, :, 2]], 2)])
         left, right = torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], -1), torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], -1)
         return torch.stack([left, right], 1).flatten(0, 2).to(self.weight.dtype)
@@ -427,7 +427,7 @@ class WanVAE(nn.Module):
         if self.encoder is None:
             raise InputError("this VAE has no encoder weights: it only decodes; use vae_type wan to encode images or videos")
         T, H, W = x_BCTHW.shape[2:]
-        check_clip(T, H, W, start=state is None)
+        check_clip(self.dims, T, H, W, start=state is None)
         walk = Walk(state, keep=keep, spatial=self.spatial, pointwise=self.pointwise)
         moments = self.conv1(self.encoder(to_patches(x_BCTHW), walk), walk).permute(0, 4, 1, 2, 3)
         mu, logvar = moments.chunk(2, 1)
@@ -440,14 +440,15 @@ class WanVAE(nn.Module):
         return from_patches(x_BTHWC), walk.state()
 
 
-def check_clip(frames: int, height: int, width: int, *, start: bool) -> None:
+def check_clip(dims: VAEDims, frames: int, height: int, width: int, *, start: bool) -> None:
     """Raises InputError, with the equation, for a clip that the encoder cannot take."""
-    if start:
+    time, space = 2 ** sum(dims.temporal_down), PATCH * 2 ** (len(dims.multipliers) - 1)
+    if start and time == TEMPORAL_STRIDE:
         latent_frames(frames)
-    elif frames < 1 or frames % TEMPORAL_STRIDE:
-        fitting = max(1, frames // TEMPORAL_STRIDE) * TEMPORAL_STRIDE
-        raise InputError(f"{frames} frames cannot continue a stream: after the first piece the VAE takes 4k frames; use {fitting}")
+    elif start and (frames < 1 or (frames - 1) % time):
+        raise InputError(f"{frames} frames cannot be encoded: this VAE takes 1 + {time}k frames")
+    elif not start and (frames < 1 or frames % time):
+        raise InputError(f"{frames} frames cannot continue a stream: after the first piece the VAE takes {time}k frames; use {max(1, frames // time) * time}")
     for name, value in (("height", height), ("width", width)):
-        if value <= 0 or value % SPATIAL_STRIDE:
-            near = max(SPATIAL_STRIDE, round(value / SPATIAL_STRIDE) * SPATIAL_STRIDE)
-            raise InputError(f"{name} {value} is not a multiple of {SPATIAL_STRIDE} (VAE stride); use {near}")
+        if value <= 0 or value % space:
+            raise InputError(f"{name} {value} is not a multiple of {space} (VAE stride); use {max(space, round(value / space) * space)}")

@@ -7,7 +7,7 @@ import torch
 
 from longlive.core.errors import InputError
 from longlive.models.spec import VAEDims
-from longlive.models.wan_vae import WHOLE_FRAME, Walk, WanVAE, average_down, duplicate_up, from_patches, norm_silu, to_patches
+from longlive.models.wan_vae import WHOLE_FRAME, Conv, DoublingConv, Walk, WanVAE, average_down, duplicate_up, from_patches, norm_silu, to_patches
 
 DIMS = VAEDims(encoder_base=4, decoder_base=4)
 
@@ -113,6 +113,26 @@ def test_patches_put_the_column_before_the_row():
     patches = to_patches(x)
     assert patches[1, 1, 1, 2, 2 * 4 + 1 * 2 + 0] == x[1, 2, 1, 2, 5]  # channel 2, column 1, row 0
     assert torch.equal(from_patches(patches), x)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_doubling_on_the_small_grid_is_nearest_then_convolution(grad):
+    conv, x = DoublingConv(5).double(), torch.randn(2, 3, 4, 3, 5, dtype=torch.float64)
+    big = x[:, :, :, None, :, None].expand(2, 3, 4, 2, 3, 2, 5).reshape(2, 3, 8, 6, 5)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(conv.kernel(x, (1, 1)), Conv.kernel(conv, big, (1, 1)))
+    if grad:
+        grads = [torch.autograd.grad(y.sin().sum(), [conv.weight, conv.bias]) for y in (conv.kernel(x, (1, 1)), Conv.kernel(conv, big, (1, 1)))]
+        torch.testing.assert_close(*grads)
+
+
+def test_other_depths_have_other_strides():
+    vae = WanVAE(VAEDims(encoder_base=4, decoder_base=4, multipliers=(1, 2, 2), temporal_down=(False, True), encoder_blocks=1, decoder_blocks=2))
+    with torch.no_grad():
+        mu, _, _ = vae.encode(torch.zeros(1, 3, 3, 8, 24))
+        assert mu.shape == (1, 48, 2, 1, 3) and vae.decode(mu)[0].shape == (1, 3, 3, 8, 24)
+    with pytest.raises(InputError, match=r"1 \+ 2k"):
+        vae.encode(torch.zeros(1, 3, 2, 8, 8))
 
 
 @pytest.mark.parametrize("inputs, outputs, time", [(8, 8, 2), (8, 4, 1), (8, 8, 1), (6, 3, 2)])
