@@ -23,6 +23,7 @@ from .spec import VAEDims
 
 PATCH = 2
 PAST = 2
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 class VAEState(NamedTuple):
@@ -185,19 +186,30 @@ class DoublingConv(Conv):
         return torch.stack([left, right], 1).flatten(0, 2).to(self.weight.dtype)
 
     def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int]) -> Tensor:
-        B, T, _, W, C = x_BTHWC.shape
+        B, T = x_BTHWC.shape[:2]
         y = convolution(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2), self.phases(), self.bias.repeat(4), (1, 1), pad).permute(0, 2, 3, 1)
-        y = y.unflatten(-1, (2, 2, -1))
-        H = y.shape[1] - 1
-        parts = [[y[:, j : H + j, k : W + k, j, k] for k in (0, 1)] for j in (0, 1)]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            out = torch.stack([torch.stack(row, 3) for row in parts], 2)
-        else:
-            out = y.new_empty(B * T, H, 2, W, 2, y.shape[-1])
-            for j, row in enumerate(parts):
-                for k, part in enumerate(row):
-                    out[:, :, j, :, k] = part
-        return out.reshape(B, T, 2 * H, 2 * W, -1)
+        return Interleave.apply(y.unflatten(-1, (2, 2, -1))).unflatten(0, (B, T))
+
+
+class Interleave(torch.autograd.Function):
+    """Four phases side by side -> one image: out[2h + j, 2w + k] = y[h + j, w + k, j, k], y[N, h, w, j, k, C] with one row and column more than the source."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor) -> Tensor:
+        N, H, W, _, _, C = y.shape
+        out = y.new_empty(N, H - 1, 2, W - 1, 2, C)
+        for j, k in PHASES:
+            out[:, :, j, :, k] = y[:, j : H - 1 + j, k : W - 1 + k, j, k]
+        return out.flatten(3, 4).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        N, H, W, C = grad.shape
+        H, W = H // 2, W // 2
+        grad, out = grad.reshape(N, H, 2, W, 2, C), grad.new_zeros(N, H + 1, W + 1, 2, 2, C)
+        for j, k in PHASES:
+            out[:, j : H + j, k : W + k, j, k] = grad[:, :, j, :, k]
+        return out
 
 
 class Norm(nn.Module):
