@@ -1,0 +1,34 @@
+"""The world's commands write what the documentation lays out, and refuse what cannot work."""
+
+import json
+
+from longlive.cli.app import app, run
+from longlive.core.geometry import chunk_pixel_range
+from longlive.data.videos import probe
+from longlive.world.judge import ATTRIBUTES
+
+
+def test_export_writes_one_pair_per_shot(tmp_path, capsys):
+    words = ["world", "export", str(tmp_path), "--clips", "1", "--seed", "4", "--chunks", "2", "--min-shots", "2"]
+    assert run(app, words) == 0
+    names = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*"))
+    assert names == ["caption/000000/0.json", "caption/000000/1.json", "video/000000/0.mp4", "video/000000/1.mp4"]
+    assert json.loads((tmp_path / names[0]).read_text())["caption"]
+    assert [probe(tmp_path / name).frames for name in names[2:]] == [29, chunk_pixel_range(1)[1] - 29]
+    assert run(app, words) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_render_makes_a_page_and_refuses_other_names(tmp_path):
+    assert run(app, ["world", "render", str(tmp_path / "page.png"), "--clips", "1", "--chunks", "3"]) == 0
+    assert run(app, ["world", "render", str(tmp_path / "page.gif")]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["page.png"]
+
+
+def test_eval_writes_the_seven_scores(tmp_path):
+    target = tmp_path / "scores.json"
+    assert run(app, ["eval", "world", "--films", "1", "--seed", "2", "--truth", "--json", str(target), "inference.device=cpu"]) == 0
+    values = json.loads(target.read_text())
+    assert list(values["scores"]) == list(ATTRIBUTES) and all(0 <= score <= 1 for score in values["scores"].values())
+    assert values["films"] == 1 and values["seed"] == 2
+    assert run(app, ["eval", "world", "--films", "0", "--truth"]) == 2
