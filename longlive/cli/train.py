@@ -29,12 +29,15 @@ def train(
     import logging
 
     from ..config import load_config
+    from ..core.log import launch_rank
     from ..train import RunOptions, run
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("longlive").setLevel(logging.INFO)
     options = RunOptions(auto_resume=not no_auto_resume, save=not no_save, wandb=not disable_wandb, wandb_dir=wandb_save_dir)
     results = run(load_config(config, split_overrides(ctx.args)), logdir, options)
+    if launch_rank()[0]:
+        return
     if results:
         typer.echo(json.dumps(results))
     typer.echo(f"wrote {logdir}")
