@@ -36,15 +36,16 @@ class Full:
 
 @dataclass(frozen=True)
 class ChunkRead:
-    """What the tokens [start, stop) of a chunk read besides themselves.
+    """What the tokens [start, stop) of G neighbouring chunks read besides their own chunk.
 
-    rows     int64 [B * m], rows of the clean chunks viewed as [B * C, L, ...], m a sample; None: all clean tokens before `start`
-    bias     bool [B, 1, 1, M], False on keys of absent chunks; None: all are there
-    keys, queries   rotation tables of [read chunks, own] and of own in relative mode, else None
+    rows     int64 [B * G * m], rows of the clean chunks viewed as [B * C, L, ...], m a chunk; None: all clean tokens before `start`, G = 1
+    bias     bool [B, G, 1, 1, M], False on keys of absent chunks; None: all are there
+    keys, queries   rotation tables [B or 1, G, ...] of [read chunks, own] and of own in relative mode, else None
     """
 
     start: int
     stop: int
+    chunks: int = 1
     rows: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     keys: Tables | None = None
@@ -59,6 +60,7 @@ class TeacherForced:
     "before it" to the pages that a rollout would have (`cache.policy.visible_tensor`); `committed_BCP` does so for the clean copy
     where a recache makes the two differ. `relative`: positions count from the oldest visible chunk, as in relative rollouts.
     The layout (`chunk_F`, `noisy_F`, `visible_BCP`) is read on the host, once, here: best kept on the CPU.
+    Within a window, neighbouring chunks that read equally many others share one attention call, the clean copy among the others.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class TeacherForced:
         self.noisy = plan.reads(visible_BCP)
         self.clean = self.noisy if committed_BCP is None else plan.reads(committed_BCP)
         self.chunks = len(bounds)
+        self.alike = visible_BCP is not None and committed_BCP is None
 
     def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
         if q is None:
@@ -87,6 +90,8 @@ class TeacherForced:
             q, k = apply_rope(q, *self.rope), apply_rope(k, *self.rope)
         split = q.shape[1] // (self.noisy_copies + 1)
         past = (k[:, :split], v[:, :split])
+        if self.alike:
+            return self._copies(self.noisy, (q, k, v), past, self.noisy_copies + 1, clean=False)
         out = [self._copies(self.clean, (q[:, :split], *past), past, 1, clean=True)]
         if self.noisy_copies:
             out.append(self._copies(self.noisy, (q[:, split:], k[:, split:], v[:, split:]), past, self.noisy_copies, clean=False))
@@ -95,32 +100,32 @@ class TeacherForced:
     def _copies(
         self, reads: list[ChunkRead], qkv: tuple[torch.Tensor, ...], past: tuple[torch.Tensor, ...], copies: int, *, clean: bool
     ) -> torch.Tensor:
-        """Attention of `copies` copies of the film, each over the clean `past` and itself, the copies side by side in the batch."""
+        """Attention of `copies` copies of the film, each over the clean `past` and itself; copies and chunks lie side by side in the batch."""
         q, k, v = (t.unflatten(1, (copies, -1)) for t in qkv)
         out = []
         for read in reads:
-            own = [t[:, :, read.start : read.stop] for t in (q, k, v)]
+            own = [t[:, :, read.start : read.stop].unflatten(2, (read.chunks, -1)) for t in (q, k, v)]
             if clean and read.rows is None:
                 keys, values = (t[:, : read.stop] for t in past)
             else:
                 keys, values = (self._join(read, t, o) for t, o in zip(past, own[1:]))
-            queries, bias = own[0].flatten(0, 1), read.bias
+            queries, bias = own[0].flatten(0, 2), read.bias
             if read.keys is not None:
                 queries, keys = _rotate(queries, read.queries, copies), _rotate(keys, read.keys, copies)
             if bias is not None:
-                bias = bias.repeat_interleave(copies, 0)
-            out.append(attention(queries, keys, values, bias).unflatten(0, (-1, copies)))
+                bias = _beside(bias, copies)
+            out.append(attention(queries, keys, values, bias).unflatten(0, (-1, copies, read.chunks)).flatten(2, 3))
         return torch.cat(out, dim=2).flatten(1, 2)
 
-    def _join(self, read: ChunkRead, past_BNHd: torch.Tensor, own_BKLHd: torch.Tensor) -> torch.Tensor:
-        """[B * K, M + L, H, d]: the chunks that are read, then the copy's own."""
-        batch, copies = own_BKLHd.shape[:2]
+    def _join(self, read: ChunkRead, past_BNHd: torch.Tensor, own_BKGLHd: torch.Tensor) -> torch.Tensor:
+        """[B * K * G, M + L, H, d]: the chunks that are read, then the copy's own."""
+        batch, copies = own_BKGLHd.shape[:2]
         if read.rows is None:
-            chosen = past_BNHd[:, : read.start]
+            chosen = past_BNHd[:, None, : read.start]
         else:
             chunks = past_BNHd.unflatten(1, (self.chunks, -1)).flatten(0, 1)
-            chosen = chunks.index_select(0, read.rows).unflatten(0, (batch, -1)).flatten(1, 2)
-        return torch.cat((chosen.unsqueeze(1).expand(-1, copies, -1, -1, -1), own_BKLHd), dim=2).flatten(0, 1)
+            chosen = chunks.index_select(0, read.rows).reshape(batch, read.chunks, -1, *chunks.shape[2:])
+        return torch.cat((chosen.unsqueeze(1).expand(-1, copies, -1, -1, -1, -1), own_BKGLHd), dim=3).flatten(0, 2)
 
 
 def film_frames(tokens: Tokens) -> list[int]:
@@ -139,9 +144,15 @@ def _bounds(chunk_F: list[int], frame_tokens: int) -> list[tuple[int, int]]:
     return [(a * frame_tokens, b * frame_tokens) for a, b in zip(starts, starts[1:])]
 
 
+def _beside(t_BG: torch.Tensor, copies: int) -> torch.Tensor:
+    """[B, G, ...] -> [B * K * G, ...], the same for every copy."""
+    return t_BG.unsqueeze(1).expand(-1, copies, *t_BG.shape[1:]).flatten(0, 2)
+
+
 def _rotate(x: torch.Tensor, tables: Tables, copies: int) -> torch.Tensor:
-    """apply_rope with the tables' rows repeated for copies that lie side by side in the batch."""
-    cos, sin = (t if t.shape[0] == 1 else t.repeat_interleave(copies, 0) for t in tables)
+    """apply_rope with tables [B or 1, G, ...] for copies and chunks that lie side by side in the batch."""
+    samples = x.shape[0] // (copies * tables[0].shape[1])
+    cos, sin = (_beside(t.expand(samples, *t.shape[1:]), copies) for t in tables)
     return apply_rope(x, cos, sin)
 
 
@@ -162,35 +173,43 @@ class _Plan:
         if len({stop - start for start, stop in self.bounds}) > 1:
             raise InputError(f"a window of chunks needs chunks of one size; got token ranges {self.bounds}")
         lists = [[[c for c in row if c >= 0] for row in sample] for sample in visible_BCP.tolist()]
-        return [self._chosen(i, [[c for c in sample[i] if c != i] for sample in lists]) for i in range(len(self.bounds))]
+        others = [[[c for c in sample[i] if c != i] for sample in lists] for i in range(len(self.bounds))]
+        counts = [max(map(len, visible)) for visible in others]
+        starts = [i for i in range(len(counts)) if i == 0 or counts[i] != counts[i - 1]] + [len(counts)]
+        return [self._chosen(first, others[first:after]) for first, after in zip(starts, starts[1:])]
 
     def _everything(self, start: int, stop: int) -> ChunkRead:
         read = ChunkRead(start, stop)
         if not self.relative:
             return read
-        tables = self._tables(torch.arange(stop // self.tokens.frame_tokens)[None])
-        return replace(read, keys=tables, queries=tuple(t[:, start:] for t in tables))
+        tables = self._tables(torch.arange(stop // self.tokens.frame_tokens)[None, None])
+        return replace(read, keys=tables, queries=tuple(t[:, :, start:] for t in tables))
 
-    def _chosen(self, chunk: int, visible: list[list[int]]) -> ChunkRead:
-        """`visible[b]`: the earlier chunks that `chunk` of sample b reads."""
-        start, stop = self.bounds[chunk]
-        size, count = stop - start, max(map(len, visible))
-        padded = [v + [-1] * (count - len(v)) for v in visible]
-        rows = torch.tensor([[b * len(self.bounds) + max(c, 0) for c in v] for b, v in enumerate(padded)], dtype=torch.int64)
-        read = ChunkRead(start, stop, rows.flatten().to(self.device, non_blocking=True))
-        if any(-1 in v for v in padded):
-            there = torch.tensor([[c >= 0 for c in v] + [True] for v in padded])
-            read = replace(read, bias=there.repeat_interleave(size, 1)[:, None, None].to(self.device, non_blocking=True))
+    def _chosen(self, first: int, visible_GB: list[list[list[int]]]) -> ChunkRead:
+        """`visible_GB[g][b]`: the earlier chunks that chunk `first + g` of sample b reads; all chunks of a group read equally many."""
+        group = len(visible_GB)
+        start, stop = self.bounds[first][0], self.bounds[first + group - 1][1]
+        size, count = (stop - start) // group, max(len(v) for visible in visible_GB for v in visible)
+        visible_BG = list(zip(*visible_GB))
+        padded = torch.tensor([[v + [-1] * (count - len(v)) for v in sample] for sample in visible_BG], dtype=torch.int64)
+        padded = padded.reshape(len(visible_BG), group, count)
+        rows = padded.clamp(min=0) + len(self.bounds) * torch.arange(len(padded))[:, None, None]
+        read = ChunkRead(start, stop, group, rows.flatten().to(self.device, non_blocking=True))
+        if (padded < 0).any():
+            there = torch.cat((padded >= 0, torch.ones_like(padded[:, :, :1], dtype=torch.bool)), dim=2)
+            read = replace(read, bias=there.repeat_interleave(size, 2)[:, :, None, None].to(self.device, non_blocking=True))
         if self.relative:
-            ranks = torch.tensor([[*range(count), len(v)] for v in visible])
+            ranks = torch.tensor([[[*range(count), len(v)] for v in sample] for sample in visible_BG])
             frames = size // self.tokens.frame_tokens
-            tables = self._tables((ranks[:, :, None] * frames + torch.arange(frames)).flatten(1))
-            read = replace(read, keys=tables, queries=tuple(t[:, -size:] for t in tables))
+            tables = self._tables((ranks[..., None] * frames + torch.arange(frames)).flatten(2))
+            read = replace(read, keys=tables, queries=tuple(t[:, :, -size:] for t in tables))
         return read
 
-    def _tables(self, position_BF: torch.Tensor) -> Tables:
-        position_BF = position_BF.to(self.device, torch.float64, non_blocking=True)
-        return rope_tables(self.tokens, self.head_dim, t_scale=self.t_scale, position_BF=position_BF)
+    def _tables(self, position_BGF: torch.Tensor) -> Tables:
+        """Rotation tables [B, G, F * frame tokens, d/2]."""
+        position_BF = position_BGF.flatten(0, 1).to(self.device, torch.float64, non_blocking=True)
+        tables = rope_tables(self.tokens, self.head_dim, t_scale=self.t_scale, position_BF=position_BF)
+        return tuple(t.unflatten(0, position_BGF.shape[:2]) for t in tables)
 
 
 class Cached:
