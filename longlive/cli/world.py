@@ -38,6 +38,7 @@ def export(
     from rich.progress import track
 
     from ..core.errors import InputError
+    from ..core.pixels import to_uint8
     from ..engine.sinks import Mp4Sink, beside
     from ..world.render import frame_parameters
     from ..world.render import render as paint
@@ -57,7 +58,7 @@ def export(
             for number, (shot, frames) in enumerate(zip(story.shots, story.shot_frames)):
                 sink = Mp4Sink(videos / f"{number}.mp4", crf=16, preset="fast")
                 for part in frame_parameters(story, range(*frames)).split(64):
-                    sink.write(_uint8(paint(part)))
+                    sink.write(to_uint8(paint(part)))
                 sink.close()
                 text = captions / f"{number}.json"
                 beside(text).write_text(json.dumps({"caption": shot.caption}, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -78,6 +79,7 @@ def render(
 ) -> None:
     """Look at the world: a film as it should be, or a page of stories."""
     from ..core.errors import InputError
+    from ..core.pixels import to_uint8
     from ..engine.sinks import Mp4Sink, beside
     from ..world.gallery import gallery
     from ..world.render import frame_parameters
@@ -100,16 +102,10 @@ def render(
         else:
             sink = Mp4Sink(path, crf=16, preset="fast")
             for part in frame_parameters(stories[0]).split(64):
-                sink.write(_uint8(paint(part)))
+                sink.write(to_uint8(paint(part)))
             sink.close()
             for shot in stories[0].shots:
                 typer.echo(f"{shot.chunks} chunks: {shot.caption}")
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); give another place") from None
     typer.echo(f"wrote {path}")
-
-
-def _uint8(frames_N3HW):
-    import torch
-
-    return ((frames_N3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

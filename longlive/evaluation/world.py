@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from ..core.errors import InputError
+from ..core.pixels import to_uint8
 from ..world.judge import ATTRIBUTES, Judge, Reading, mean_scores, score_film
 from ..world.render import chunk_parameters, render
 from ..world.story import WorldStory, evaluation_story
@@ -80,11 +81,6 @@ def evaluation_stories(films: int, seed: int, chunks: int = CHUNKS, shots: int =
     if shots < SHOTS or chunks < max(CHUNKS, shots):
         raise InputError(f"{shots} shots in {chunks} chunks: an evaluation has at least {SHOTS} shots and {CHUNKS} chunks, a chunk or more per shot")
     return [evaluation_story(seed, index, chunks=chunks, shots=(shots, shots)) for index in range(films)]
-
-
-def to_uint8(frames_N3HW: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> uint8 [N, H, W, 3]."""
-    return ((frames_N3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.pixels import to_uint8
 from .wan_vae import VAEState, WanVAE
 
 WAN22_MEAN = (
@@ -132,11 +133,7 @@ class VideoCodec:
     def _to_vae(self, z_BFCHW: Tensor, start: bool) -> Tensor:
         return self.denormalise(z_BFCHW, start=start).to(self.dtype).transpose(1, 2)
 
-    @staticmethod
-    def to_uint8(pixels_BCTHW: Tensor) -> Tensor:
-        """[-1,1] -> uint8 [B,T,H,W,3], rounded and clamped, on the device of the pixels."""
-        scaled = pixels_BCTHW.float().add(1).mul_(127.5).round_().clamp_(0, 255)
-        return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+    to_uint8 = staticmethod(to_uint8)  # [B,3,T,H,W] in [-1,1] -> uint8 [B,T,H,W,3]
 
 
 def wan22_statistics() -> tuple[Tensor, Tensor]:
@@ -145,5 +142,9 @@ def wan22_statistics() -> tuple[Tensor, Tensor]:
 
 
 def cpu_dtype() -> torch.dtype:
-    """The faster dtype of convolutions on this CPU: bfloat16 where the processor has it, else float32 (bfloat16 without it is 500 times slower)."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    """The faster dtype of convolutions on this CPU: bfloat16 where the processor multiplies in it, else float32 (bfloat16 without it is 500 times slower).
+
+    A torch that cannot tell what the processor has gets float32, which is right everywhere.
+    """
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32

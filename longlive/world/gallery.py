@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..core.pixels import to_uint8
 from .render import frame_parameters, render
 from .story import WorldStory
 from .vocabulary import HEIGHT, WIDTH
@@ -20,8 +21,7 @@ def shot_strip(story: WorldStory, shot: int, columns: int) -> torch.Tensor:
     last = stop - start - 1
     picked = [start + round(last * k / max(1, columns - 1)) for k in range(columns)]
     rows = torch.cat([frame_parameters(story, range(f, f + 1)) for f in picked])
-    frames = ((render(rows) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return frames.permute(2, 0, 3, 1).reshape(HEIGHT, columns * WIDTH, 3)
+    return to_uint8(render(rows)).transpose(0, 1).reshape(HEIGHT, columns * WIDTH, 3)
 
 
 def gallery(stories: Sequence[WorldStory], columns: int = 6, scale: float = 0.6):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longlive.core.errors import InputError
-from longlive.models.codec import VideoCodec, wan22_statistics
+from longlive.models.codec import VideoCodec, cpu_dtype, wan22_statistics
 from longlive.models.spec import VAEDims
 from longlive.models.wan_vae import WanVAE
 
@@ -88,3 +88,13 @@ def test_decoding_is_differentiable_in_spite_of_groups(vae, codec):
     z = torch.randn(1, 2, 48, 1, 1, requires_grad=True)
     grouped.decode(z).square().mean().backward()
     assert z.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("able, dtype", [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True, "avx512_bf16": False}, torch.float32), (None, torch.float32)])
+def test_the_precision_of_a_cpu_is_what_it_multiplies_in(monkeypatch, able, dtype):
+    """`None`: a torch that does not tell."""
+    if able is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert cpu_dtype() == dtype
