@@ -8,7 +8,7 @@ Legend: B batch, K known latent frames, C latent channels, T pixel frames.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -19,13 +19,6 @@ from ..data.videos import clip_frames, first_frame
 from ..diffusion.known import KnownFrames
 
 PIECE = 32  # pixel frames encoded at a time, after the first one
-
-
-class Here(KnownFrames):
-    """Known frames at the head of the chunk at hand, wherever in the film that is."""
-
-    def part(self, start: int, frames: int) -> KnownFrames:
-        return KnownFrames(self.z_BFCHW[:, :frames])
 
 
 class Conditioning:
@@ -45,23 +38,36 @@ class Conditioning:
     def add_shot(self, film: int, number: int, shot: Shot) -> None:
         self.images[film, number] = shot.image
 
-    def of_chunk(self, chunk: int, plans_B: tuple[ChunkPlan, ...]) -> KnownFrames | None:
-        """Known frames for the rollout's next chunk, or None."""
-        frames = self.pipeline.settings.chunk_frames
-        if self.start is not None and chunk * frames < self.start.frames:
-            return self.start
-        paths = [self.images[film, p.shot] if p.cut else None for film, p in enumerate(plans_B[:: self.samples])]
-        if not any(paths):
-            return None
-        if not all(paths):
+    def check(self, films: Sequence[Sequence[ChunkPlan]]) -> None:
+        """Raises InputError where the planned `films` cannot be given what they ask for."""
+        for chunk, plans in enumerate(zip(*films)):
+            self._images(chunk, plans)
+
+    def of_chunk(self, chunk: int, films: Sequence[ChunkPlan]) -> KnownFrames | None:
+        """Known frames for the rollout's next chunk, or None. `films`: what each film shows there."""
+        paths, start = self._images(chunk, films), chunk * self.pipeline.settings.chunk_frames
+        if paths:
+            return KnownFrames(self._batch([self._standing(path) for path in paths]), start)
+        return self.start if start < self.extension_frames else None
+
+    def _images(self, chunk: int, films: Sequence[ChunkPlan]) -> list[str]:
+        """The image that each film begins a shot with at this chunk; empty where none does."""
+        paths = [self.images[film, plan.shot] if plan.cut else None for film, plan in enumerate(films)]
+        given = [path for path in paths if path is not None]
+        if given and len(given) < len(paths):
             raise InputError(f"at chunk {chunk} some films of the batch begin with an image and some do not; make them one by one")
-        return Here(self._batch([self._standing(path) for path in paths]))
+        if given and chunk * self.pipeline.settings.chunk_frames < self.extension_frames:
+            raise InputError(f"{given[0]} begins a shot at chunk {chunk}, where the given clip still runs; let the shot before it last longer")
+        return given
 
     def _start(self, board: Storyboard, max_frames: int) -> torch.Tensor | None:
         """Latents [1, K, C, h, w] that the film begins with."""
+        starts = [path for path in (board.video, board.image, board.shots[0].image) if path]
+        if len(starts) > 1:
+            raise InputError(f"a film that starts from {' and '.join(starts)}; give it one start")
         if board.video:
             return self._encode_clip(clip_frames(board.video, self.pipeline.geometry, max_frames))
-        path = board.image or board.shots[0].image
+        path = starts[0] if starts else None
         return None if path is None else self._encode(first_frame(path, self.pipeline.geometry)[:, None])
 
     def _standing(self, path: str) -> torch.Tensor:

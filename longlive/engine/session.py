@@ -67,12 +67,13 @@ class ChunkResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SessionSnapshot:
     """An exact copy of where a session stands. Good for the session it came from, and for any other with the same request and pipeline."""
 
     cursor: int
     plans: tuple[tuple[ChunkPlan, ...], ...]
+    images: dict[tuple[int, int], str | None]
     rollout: RolloutSnapshot
     decoder: object
     ready: tuple[ChunkResult, ...]
@@ -97,6 +98,7 @@ class Session:
                 f"the given clip has {self.known.extension_frames} latent frames and the film {self.shape[0] * self.chunks}: "
                 "nothing is left to make; make the film longer"
             )
+        self.known.check(self.plans)
         self.rollout = Rollout(
             pipeline.dit,
             pipeline.settings,
@@ -141,7 +143,8 @@ class Session:
         return result
 
     def _generate(self) -> None:
-        plans = tuple(film[self.cursor] for film in self.plans for _ in range(self.request.samples))
+        films = [film[self.cursor] for film in self.plans]
+        plans = tuple(plan for plan in films for _ in range(self.request.samples))
         text, rows, negative = self.text.rows([p.prompt for p in plans])
         noise = torch.stack([chunk_noise(*key, self.cursor, self.shape) for key in self.noise_keys])
         clock = Clock(self.pipeline.device)
@@ -151,7 +154,7 @@ class Session:
             rows,
             [p.cut for p in plans],
             negative=negative,
-            known=self.known.of_chunk(self.cursor, plans),
+            known=self.known.of_chunk(self.cursor, films),
         )
         clock.stop()
         self._under_way.append((ChunkResult(index=self.cursor, latents_BFCHW=z, frames=None, plans=plans), clock))
@@ -168,9 +171,9 @@ class Session:
     def add_shot(self, shot: Shot | str, chunks: int | None = None) -> None:
         """Adds a shot at the end of every film of the batch. `chunks`, or the shot's own duration, in chunks."""
         shot = shot if isinstance(shot, Shot) else Shot(prompt=shot, chunks=chunks)
-        count = chunks or shot.chunks
-        if not count:
-            raise InputError(f"the added shot {shot.prompt[:32]!r} has no duration; give chunks=")
+        count = shot.chunks if chunks is None else chunks
+        if count is None or count < 1:
+            raise InputError(f"the added shot {shot.prompt[:32]!r} lasts {count} chunks; give chunks= of at least 1")
         for index, film in enumerate(self.plans):
             number = film[-1].shot + 1
             film.extend(ChunkPlan((self.prefix if k == 0 else "") + shot.prompt, k == 0, number) for k in range(count))
@@ -180,6 +183,10 @@ class Session:
         """From the next chunk that is begun to the end of its shot, `film` (None: every film) shows `prompt`, without a cut of its own."""
         if not prompt.strip():
             raise InputError("the prompt is empty; say what the film shows from here on")
+        if self.cursor >= self.chunks:
+            raise InputError(f"all {self.chunks} chunks of the film are made; add a shot with add_shot instead")
+        if film is not None and not 0 <= film < len(self.plans):
+            raise InputError(f"film {film} of a batch of {len(self.plans)}; give 0 to {len(self.plans) - 1}, or None for all")
         for plans in self.plans if film is None else [self.plans[film]]:
             for index in range(self.cursor, len(plans)):
                 old = plans[index]
@@ -197,7 +204,12 @@ class Session:
         """An exact copy; finishes the decoding that is under way first."""
         self._take(self.decoder.drain())
         return SessionSnapshot(
-            self.cursor, tuple(map(tuple, self.plans)), self.rollout.snapshot(), self.decoder.state(), tuple(self._ready)
+            cursor=self.cursor,
+            plans=tuple(map(tuple, self.plans)),
+            images=dict(self.known.images),
+            rollout=self.rollout.snapshot(),
+            decoder=self.decoder.state(),
+            ready=tuple(self._ready),
         )
 
     def restore(self, snapshot: SessionSnapshot) -> None:
@@ -206,7 +218,7 @@ class Session:
         self._under_way.clear()
         self._ready = deque(snapshot.ready)
         self.cursor, self.cancelled = snapshot.cursor, False
-        self.plans = [list(film) for film in snapshot.plans]
+        self.plans, self.known.images = [list(film) for film in snapshot.plans], dict(snapshot.images)
         self.rollout.restore(snapshot.rollout)
         self.decoder.restore(snapshot.decoder)
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,8 +57,6 @@ def test_streamed_frames_equal_decoding_the_whole_film(pipeline):
 
 
 def test_the_seed_of_a_storyboard_wins(pipeline):
-    from dataclasses import replace
-
     first = latents(film(pipeline, STORY, seed=4, decode=False))
     assert torch.equal(first, latents(film(pipeline, replace(STORY, seed=4), seed=9, decode=False)))
     assert not torch.equal(first, latents(film(pipeline, STORY, seed=9, decode=False)))
@@ -108,8 +107,6 @@ def test_cancel_keeps_what_is_finished(pipeline):
 
 
 def test_an_image_is_the_first_frame_and_a_clip_goes_on(pipeline, tmp_path):
-    from dataclasses import replace
-
     import numpy as np
     from PIL import Image
 
@@ -128,8 +125,6 @@ def test_an_image_is_the_first_frame_and_a_clip_goes_on(pipeline, tmp_path):
 
 
 def test_a_clip_that_fills_the_film_leaves_nothing_to_make(pipeline, tmp_path):
-    from dataclasses import replace
-
     from longlive.engine.sinks import Mp4Sink
 
     sink = Mp4Sink(tmp_path / "clip.mp4")
@@ -207,3 +202,78 @@ def test_an_added_shot_may_begin_with_an_image(pipeline, tmp_path):
             session.add_shot(Shot(prompt="the end", chunks=1, image=image))
             kept += list(session)
     assert torch.equal(latents(plain)[:8], latents(given)[:8]) and not torch.equal(latents(plain)[8:], latents(given)[8:])
+
+
+def picture(path, colour):
+    from PIL import Image
+
+    Image.new("RGB", (64, 32), colour).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_films_from_images_in_a_batch_equal_the_same_films_alone(tmp_path, guidance, steps):
+    """Given frames, guidance, several samples and cuts at different chunks, all at once."""
+    pipeline = random_pipeline(guidance=guidance, steps=steps)
+    boards = [replace(STORY, image=picture(tmp_path / "red.png", (200, 30, 30))), replace(OTHER, image=picture(tmp_path / "blue.png", (30, 30, 200)))]
+    both = film(pipeline, *boards, samples=2, seed=5, decode=False)
+    for index, board in enumerate(boards):
+        alone = film(pipeline, board, samples=2, seed=5, indices=(index,), decode=False)
+        for sample in (0, 1):
+            torch.testing.assert_close(latents(both, 2 * index + sample), latents(alone, sample), rtol=1e-4, atol=1e-5)
+    assert torch.equal(latents(both, 0)[0], latents(both, 1)[0]) and not torch.equal(latents(both, 0)[1], latents(both, 1)[1])
+    assert not torch.equal(latents(both, 0)[0], latents(both, 2)[0])
+
+
+def test_a_snapshot_carries_added_shots_and_their_images_into_another_session(pipeline, tmp_path):
+    end = Shot(prompt="the end", chunks=1, image=picture(tmp_path / "red.png", (200, 30, 30)))
+    with pipeline.session(Request(storyboards=(STORY,), decode=False)) as session:
+        next(session)
+        session.add_shot(end)
+        copy = session.snapshot()
+        first = list(session)
+    with pipeline.session(Request(storyboards=(STORY,), decode=False)) as another:
+        another.restore(copy)
+        assert torch.equal(latents(first), latents(list(another)))
+        another.restore(copy)
+        another.add_shot("and after it", chunks=1)
+        list(another)
+        another.restore(copy)
+        assert torch.equal(latents(first), latents(list(another)))
+
+
+def test_given_frames_that_contradict_each_other_are_refused_before_the_first_chunk(pipeline, tmp_path):
+    from longlive.engine.sinks import Mp4Sink
+
+    image, sink = picture(tmp_path / "red.png", (200, 30, 30)), Mp4Sink(tmp_path / "clip.mp4")
+    sink.write(torch.randint(0, 255, (21, 32, 64, 3), dtype=torch.uint8))  # 6 latent frames: chunks 0, 1 and 2
+    sink.close()
+    later = replace(STORY, shots=(STORY.shots[0], replace(STORY.shots[1], image=image)))
+    clip = {"video": str(tmp_path / "clip.mp4")}
+    for boards, message in (
+        ((later, STORY), "at chunk 2 some films"),
+        ((replace(later, **clip),), "where the given clip still runs"),
+        ((replace(STORY, image=image, **clip),), "give it one start"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipeline.session(Request(storyboards=boards, decode=False))
+
+
+def test_steering_that_would_change_nothing_is_refused(pipeline):
+    with pipeline.session(Request(storyboards=(STORY,), decode=False)) as session:
+        with pytest.raises(InputError, match="film 1 of a batch of 1"):
+            session.set_prompt("a green square", film=1)
+        with pytest.raises(InputError, match="lasts 0 chunks"):
+            session.add_shot(STORY.shots[0], chunks=0)
+        list(session)
+        with pytest.raises(InputError, match="add_shot"):
+            session.set_prompt("a green square")
+
+
+def test_a_session_of_ever_new_shots_keeps_the_text_of_one_chunk(pipeline):
+    with pipeline.session(Request(storyboards=(STORY,), decode=False)) as session:
+        for number in range(6):
+            session.add_shot(f"shot {number}", chunks=1)
+        for _ in session:
+            assert len(session.text.embeds) == 1 and session.text.context.prompts == 1
