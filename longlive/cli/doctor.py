@@ -18,6 +18,7 @@ from typing import Annotated, Iterator
 import typer
 
 from ..core.errors import CheckFailed
+from ..models.spec import VAE_TYPES
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 GIGA = 10**9
@@ -28,12 +29,11 @@ LIGHT_FETCH = "download it from Skywork/Matrix-Game-3.0"
 # place (a glob, relative to the working directory), what it is, how to get it
 WEIGHTS = (
     ("wan_models/Wan2.2-TI2V-5B/diffusion_pytorch_model*.safetensors", "Wan2.2-TI2V-5B transformer", WAN_FETCH),
-    ("wan_models/Wan2.2-TI2V-5B/Wan2.2_VAE.pth", "Wan2.2 VAE", WAN_FETCH),
+    (VAE_TYPES["wan"].path, "Wan2.2 VAE", WAN_FETCH),
     ("wan_models/Wan2.2-TI2V-5B/models_t5_umt5-xxl-enc-bf16.pth", "UMT5-XXL text encoder", WAN_FETCH),
     ("wan_models/Wan2.2-TI2V-5B/google/umt5-xxl/*", "UMT5-XXL tokenizer", WAN_FETCH),
     ("LongLive-2.0-5B/model_bf16.pt", "LongLive 2.0 generator", LONG_FETCH),
-    ("wan_models/Matrix-Game-3.0/MG-LightVAE.pth", "decoder for vae_type: mg_lightvae", LIGHT_FETCH),
-    ("wan_models/Matrix-Game-3.0/MG-LightVAE_v2.pth", "decoder for vae_type: mg_lightvae_v2", LIGHT_FETCH),
+    *((kind.path, f"decoder for vae_type: {name}", LIGHT_FETCH) for name, kind in VAE_TYPES.items() if kind.rate),
 )
 
 # module -> (what for, required)

@@ -35,8 +35,3 @@ class Tokens:
     @property
     def frame_tokens(self) -> int:
         return self.height * self.width
-
-    def to(self, device) -> "Tokens":
-        return Tokens(
-            self.position_BF.to(device), self.chunk_F.to(device), self.noisy_F.to(device), self.prompt_BG.to(device), self.height, self.width
-        )

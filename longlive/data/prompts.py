@@ -118,7 +118,7 @@ def _read_folder(root: Path, chunks: int | None, settings: SourceSettings) -> li
 
 
 def caption_order(path: Path) -> tuple:
-    """Sort key of caption files and clips: words first by name, then numbers by value."""
+    """Sort key of caption files: words first by name, then numbers by value."""
     return (1, int(path.stem), path.stem) if path.stem.isdecimal() else (0, 0, path.stem)
 
 

@@ -15,11 +15,10 @@ import torch
 
 from ..core.geometry import Geometry
 from ..core.story import Storyboard
-from ..models.spec import DiTDims, ModelSpec, VAEDims, model_spec
+from ..models.spec import DiTDims, ModelSpec, VAEDims, model_spec, vae_type
 from .pipeline import rollout_settings
 
 WAN_DECODE_FLOP, WAN_DECODE_BASE, WAN_LATENT_PIXELS = 66.30e12, 256, 44 * 80
-LIGHT_SCALE = {"mg_lightvae": 0.5, "mg_lightvae_v2": 0.25}
 DIT_SHARE = {"cpu": 0.8, "cuda": 0.6}  # of the measured rate that a whole chunk reaches
 DECODE_SHARE = {"cpu": 0.6, "cuda": 0.4}
 UMT5_PARAMETERS = 5.68e9
@@ -77,7 +76,7 @@ def estimate(config, board: Storyboard, chunks: int, device: torch.device, dtype
     geometry = Geometry(*board.size) if board.size else Geometry.of_latent(*config.data.image_or_video_shape[3:])
     branches = 2 if settings.guidance != 1.0 else 1
     tokens = settings.chunk_frames * geometry.frame_tokens
-    base = round(spec.vae.decoder_base * LIGHT_SCALE.get(config.inference.vae_type, 1.0))
+    base = spec.vae.pruned(vae_type(config.inference.vae_type).rate).decoder_base
     rate = measured_rate(device, dtype)
     denoise = (settings.steps + 1) * branches * samples * chunk_flop(spec.dit, tokens, settings.pages * tokens)
     decode = samples * decode_flop(base, geometry, settings.chunk_frames)

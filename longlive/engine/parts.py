@@ -13,13 +13,15 @@ import torch
 
 from ..core.errors import InputError
 from ..models.codec import VideoCodec, cpu_dtype
-from ..models.light_vae import read_codec, vae_type
-from ..models.shipped import CPU_GROUP, VAE_FILE, asset, dit_path, tiny_codec
+from ..models.light_vae import read_codec, vae_place
+from ..models.shipped import VAE_FILE, asset, dit_path
 from ..models.sizes import dit_dims, read_model_config, shapes_of
-from ..models.spec import ModelSpec
+from ..models.spec import ModelSpec, vae_type
 from ..models.text import TextEncoder, text_encoder
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, load_into, native_state, read_state, refuse_lora_on_merged
+
+CPU_GROUP = 2  # latent frames decoded at a time on a CPU, whose cache likes small pieces
 
 
 def load_dit(config, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[WanDiT, Path]:
@@ -67,20 +69,15 @@ def load_codec(
     if not spec.folder:
         if vae_type(kind).rate:
             raise InputError(f"inference.vae_type = {kind!r} belongs to wan2.2-ti2v-5b; {spec.name} has a VAE of its own, use vae_type: wan")
-        return tiny_codec(device=device, dtype=dtype, group=group), asset(VAE_FILE)
-    found = path or (folder / Path(vae_type(kind).path).name if folder else vae_place(kind))
+        found = asset(VAE_FILE)
+    else:
+        found = path or (folder / Path(vae_type(kind).path).name if folder else vae_place(kind))
     codec = read_codec(found, spec.vae, device=device, dtype=dtype, group=group)
     if pruning_rate is not None:
         own = round(1 - codec.vae.dims.decoder_base / spec.vae.decoder_base, 6)
         if abs(own - pruning_rate) > 1e-3:
             raise InputError(f"{found} is pruned by {own}, not by {pruning_rate}; leave --lightvae_pruning_rate away, or give the other file")
     return codec, found
-
-
-def vae_place(kind: str) -> Path:
-    """The documented file of a `vae_type`; the diffusers folder `vae/` beside it where that file is absent."""
-    place = Path(vae_type(kind).path)
-    return place.parent / "vae" if not place.exists() and (place.parent / "vae").is_dir() else place
 
 
 def decode_dtype(config, device: torch.device) -> torch.dtype:

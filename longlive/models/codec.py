@@ -43,9 +43,6 @@ class CodecState(NamedTuple):
     def clone(self) -> "CodecState":
         return CodecState(self.vae.clone(), self.latents)
 
-    def to(self, *args, **kwargs) -> "CodecState":
-        return CodecState(self.vae.to(*args, **kwargs), self.latents)
-
 
 class VideoCodec:
     """A VAE with the statistics of its latents.

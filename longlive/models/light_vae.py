@@ -6,47 +6,22 @@ the pruning rate is a property of the file, not a setting. A file without encode
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core.errors import CheckpointError, InputError, nearest
+from ..core.errors import CheckpointError
 from .codec import VideoCodec, wan22_statistics
 from .sizes import shapes_of, vae_dims
-from .spec import WAN22_VAE, VAEDims
+from .spec import WAN22_VAE, VAEDims, vae_type
 from .wan_vae import WanVAE
 from .weights import StateFile, build_on_meta, load_into, native_state, read_state
 
 STATISTICS = ("latent_mean", "latent_std")
 ENCODER_PARTS = ("encoder.", "conv1.")
 FULL_WIDTH = WAN22_VAE.decoder_base * WAN22_VAE.multipliers[-1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAEType:
-    """One value of the configuration key `vae_type`: its file, and the share of channels that is pruned away."""
-
-    path: str
-    rate: float = 0.0
-
-
-VAE_TYPES = {
-    "wan": VAEType(path="wan_models/Wan2.2-TI2V-5B/Wan2.2_VAE.pth"),
-    "mg_lightvae": VAEType(path="wan_models/Matrix-Game-3.0/MG-LightVAE.pth", rate=0.5),
-    "mg_lightvae_v2": VAEType(path="wan_models/Matrix-Game-3.0/MG-LightVAE_v2.pth", rate=0.75),
-}
-ALIASES = {"": "wan", "wan2.2": "wan"}
-
-
-def vae_type(name: str) -> VAEType:
-    """The entry for `vae_type`. Raises InputError that lists the names."""
-    key = ALIASES.get(name.lower(), name.lower())
-    if key not in VAE_TYPES:
-        close = nearest(key, VAE_TYPES)
-        raise InputError(f"unknown vae_type {name!r}{f'; did you mean {close!r}?' if close else ''} (known: {', '.join(VAE_TYPES)})")
-    return VAE_TYPES[key]
 
 
 def pruning_rate(tensors: dict[str, Tensor]) -> float:
@@ -81,12 +56,7 @@ def read_codec(path: str | Path, asked: VAEDims = WAN22_VAE, *, device=None, dty
     return VideoCodec(vae, mean, std, group=group)
 
 
-def vae_codec(name: str = "wan", *, root: str | Path = "", path: str | Path | None = None, device=None, dtype=None, group: int = 0) -> VideoCodec:
-    """The codec of configuration key `vae_type`, from its documented place below `root`, or from `path`.
-
-    Where the original file is absent, the diffusers folder layout beside it (`vae/`) is taken. Raises CheckpointError.
-    """
-    place = Path(path) if path is not None else Path(root) / vae_type(name).path
-    if path is None and not place.exists() and (place.parent / "vae").is_dir():
-        place = place.parent / "vae"
-    return read_codec(place, device=device, dtype=dtype, group=group)
+def vae_place(name: str = "wan", root: str | Path = "") -> Path:
+    """The documented place below `root` of the VAE that `vae_type` names; the diffusers folder `vae/` beside it where that file is absent."""
+    place = Path(root) / vae_type(name).path
+    return place.parent / "vae" if not place.exists() and (place.parent / "vae").is_dir() else place

@@ -98,6 +98,22 @@ TINY = ModelSpec(
 MODELS = {spec.name: spec for spec in (WAN22_TI2V_5B, TINY)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class VAEType:
+    """One value of the configuration key `vae_type`: its file, and the share of channels that is pruned away (spec inference §5.5)."""
+
+    path: str
+    rate: float = 0.0
+
+
+VAE_TYPES = {
+    "wan": VAEType(path=f"{WAN22_TI2V_5B.folder}/Wan2.2_VAE.pth"),
+    "mg_lightvae": VAEType(path="wan_models/Matrix-Game-3.0/MG-LightVAE.pth", rate=0.5),
+    "mg_lightvae_v2": VAEType(path="wan_models/Matrix-Game-3.0/MG-LightVAE_v2.pth", rate=0.75),
+}
+VAE_ALIASES = {"": "wan", "wan2.2": "wan"}
+
+
 def model_spec(name: str) -> ModelSpec:
     """The spec of `name`, in any letter case ("Wan2.2-TI2V-5B" or "tiny"). Raises InputError that lists the names."""
     key = name.lower()
@@ -105,3 +121,12 @@ def model_spec(name: str) -> ModelSpec:
         close = nearest(key, MODELS)
         raise InputError(f"unknown model {name!r}{f'; did you mean {close!r}?' if close else ''} (known: {', '.join(MODELS)})")
     return MODELS[key]
+
+
+def vae_type(name: str) -> VAEType:
+    """The entry for `vae_type`. Raises InputError that lists the names."""
+    key = VAE_ALIASES.get(name.lower(), name.lower())
+    if key not in VAE_TYPES:
+        close = nearest(key, VAE_TYPES)
+        raise InputError(f"unknown vae_type {name!r}{f'; did you mean {close!r}?' if close else ''} (known: {', '.join(VAE_TYPES)})")
+    return VAE_TYPES[key]

@@ -37,9 +37,6 @@ class VAEState(NamedTuple):
     def clone(self) -> "VAEState":
         return VAEState(tuple(cache.clone() for cache in self.caches))
 
-    def to(self, *args, **kwargs) -> "VAEState":
-        return VAEState(tuple(cache.to(*args, **kwargs) for cache in self.caches))
-
 
 def norm_silu(x_BTHWC: Tensor, gamma: Tensor, past_BPHWC: Tensor | None = None) -> Tensor:
     """SiLU(x / ||x|| * sqrt(C) * gamma) behind `past` in time: [B, P + T, H, W, C]. Statistics in float32 (spec §5.2)."""

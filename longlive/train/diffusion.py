@@ -24,7 +24,7 @@ from ..core.geometry import Geometry
 from ..core.log import logger
 from ..data.latents import LatentBank, LatentBatch
 from ..diffusion.flow import TrainTable, train_table
-from ..engine.rollout import RolloutSettings
+from ..engine.pipeline import rollout_settings
 from ..models.codec import VideoCodec
 from ..models.spec import ModelSpec, model_spec
 from ..models.text import text_encoder
@@ -65,22 +65,6 @@ class DiffusionBatch:
     area_BFHW: torch.Tensor | None
 
 
-def rollout_settings(config: Config) -> RolloutSettings:
-    """The window and positions that generation will use, which training imitates."""
-    i = config.inference
-    return RolloutSettings(
-        chunk_frames=config.chunk_frames,
-        window_frames=i.local_attn_size,
-        sink_frames=i.sink_size,
-        multi_shot=i.multi_shot_sink,
-        shot_offset=i.multi_shot_rope_offset,
-        recache=i.shot_clean_recache,
-        relative=i.use_relative_rope,
-        t_scale=i.inference_t_scale,
-        shift=config.model_kwargs.timestep_shift,
-    )
-
-
 class DiffusionTask:
     """Trains a WanDiT by teacher forcing. Satisfies `trainer.Task`."""
 
@@ -91,7 +75,7 @@ class DiffusionTask:
         if spec.text_kind != "hashed-words":
             raise NotAvailable(f"training {spec.name} on video folders", "train the small model (configs/tiny/train_ar.yaml)")
         self.config, self.settings, self.device = config, config.training, device
-        self.rollout = rollout_settings(config)
+        self.rollout = rollout_settings(config)  # the window and positions that generation will use, which training imitates
         table = train_table(config.model_kwargs.timestep_shift)
         weights = table.weights.clamp(min=config.training.min_loss_weight)
         self.table = TrainTable(table.sigmas.to(device), table.timesteps.to(device), weights.to(device))

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from longlive.config.load import default_config
 from longlive.core.errors import CheckpointError, ConfigError
+from longlive.engine.parts import load_dit
 from longlive.models import keymaps
-from longlive.models.light_vae import pruning_rate, read_codec, vae_codec, vae_type
-from longlive.models.shipped import dit_from
-from longlive.models.spec import WAN22_TI2V_5B, WAN22_VAE, DiTDims, VAEDims
+from longlive.models.light_vae import pruning_rate, read_codec, vae_place
+from longlive.models.spec import TINY, VAE_TYPES, WAN22_TI2V_5B, WAN22_VAE, DiTDims, VAEDims, vae_type
 from longlive.models.wan_dit import WanDiT
 from longlive.models.wan_vae import WanVAE
 from longlive.models.weights import StateFile, build_on_meta, load_into, read_state, refuse_lora_on_merged, save_state, weights_hash
@@ -153,6 +154,8 @@ def test_pruning_is_read_from_the_file():
     for rate in (0.0, 0.5, 0.75):
         assert pruning_rate(build_on_meta(lambda: WanVAE(WAN22_VAE.pruned(rate))).state_dict()) == rate
     assert vae_type("").path.endswith("Wan2.2_VAE.pth") and vae_type("MG_LightVAE_v2").rate == 0.75
+    for name in (*VAE_TYPES, "wan2.2"):
+        assert default_config("wan2.2-ti2v-5b", [f"inference.vae_type={name}"]).inference.vae_type == name
     with pytest.raises(ValueError, match="did you mean 'mg_lightvae'"):
         vae_type("mg_lightva")
 
@@ -169,12 +172,13 @@ def test_statistics_travel_with_the_file(tmp_path, vae_state):
 
 def test_the_diffusers_vae_folder_is_found(tmp_path, vae_state):
     save_state(tmp_path / "wan_models/Wan2.2-TI2V-5B/vae/diffusion_pytorch_model.safetensors", vae_state)
-    assert vae_codec("wan", root=tmp_path).vae.dims == VAE
+    assert read_codec(vae_place("wan", tmp_path)).vae.dims == VAE
 
 
 def test_sizes_come_from_the_checkpoint(tmp_path, state):
     save_state(tmp_path / "dit.safetensors", state)
-    dit = dit_from(tmp_path / "dit.safetensors", dtype=torch.bfloat16)
+    config = default_config("tiny", [f"checkpoints.generator_ckpt={tmp_path / 'dit.safetensors'}"])
+    dit, _ = load_dit(config, TINY, torch.device("cpu"), torch.bfloat16)
     assert (dit.dims.layers, dit.dims.dim, dit.dims.ffn) == (2, 64, 96) and not any(p.requires_grad for p in dit.parameters())
     assert {p.dtype for p in dit.parameters()} == {torch.bfloat16}
 
