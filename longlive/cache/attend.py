@@ -19,7 +19,7 @@ from ..core.tokens import Tokens
 from ..ops.attention import attention
 from ..ops.rope import apply_rope, rope_tables
 from .pages import Pages
-from .policy import Window
+from .policy import Window, WindowPolicy, visible_chunks
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -57,7 +57,7 @@ class TeacherForced:
 
     A clean chunk sees clean chunks up to itself; a noisy chunk sees the clean chunks before it and itself (spec training §3.2).
     `visible_BCP` int64 (-1 = none; order is free in absolute mode, oldest first in relative mode; the own chunk is ignored) narrows
-    "before it" to the pages that a rollout would have (`cache.policy.visible_tensor`); `committed_BCP` does so for the clean copy
+    "before it" to the pages that a rollout would have (`visible_tensor`); `committed_BCP` does so for the clean copy
     where a recache makes the two differ. `relative`: positions count from the oldest visible chunk, as in relative rollouts.
     The layout (`chunk_F`, `noisy_F`, `visible_BCP`) is read on the host, once, here: best kept on the CPU.
     Within a window, neighbouring chunks that read equally many others share one attention call, the clean copy among the others.
@@ -126,6 +126,13 @@ class TeacherForced:
             chunks = past_BNHd.unflatten(1, (self.chunks, -1)).flatten(0, 1)
             chosen = chunks.index_select(0, read.rows).reshape(batch, read.chunks, -1, *chunks.shape[2:])
         return torch.cat((chosen.unsqueeze(1).expand(-1, copies, -1, -1, -1, -1), own_BKGLHd), dim=3).flatten(0, 2)
+
+
+def visible_tensor(cuts_B: list[list[bool]], policy: WindowPolicy, *, commit: bool = False) -> torch.Tensor:
+    """`visible_chunks` of a batch for `TeacherForced`: int64 [B, C, P], oldest first, without the own chunk, padded with -1 at the end."""
+    rows = [[v[:-1] for v in visible_chunks(cuts, policy, commit=commit)] for cuts in cuts_B]
+    width = max(1, policy.pages - 1)
+    return torch.tensor([[(*v, *[-1] * (width - len(v))) for v in row] for row in rows], dtype=torch.int64)
 
 
 def film_frames(tokens: Tokens) -> list[int]:

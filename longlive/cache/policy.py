@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..core.errors import InputError
 
 
@@ -80,10 +78,3 @@ def history(cuts: list[bool], policy: WindowPolicy) -> list[tuple[Window, Window
 def visible_chunks(cuts: list[bool], policy: WindowPolicy, *, commit: bool = False) -> list[tuple[int, ...]]:
     """The chunks that each chunk sees while it is denoised (`commit`: while its clean latents are committed), own last."""
     return [windows[commit].order for windows in history(cuts, policy)]
-
-
-def visible_tensor(cuts_B: list[list[bool]], policy: WindowPolicy, *, commit: bool = False) -> torch.Tensor:
-    """`visible_chunks` of a batch for `TeacherForced`: int64 [B, C, P], oldest first, without the own chunk, padded with -1 at the end."""
-    rows = [[v[:-1] for v in visible_chunks(cuts, policy, commit=commit)] for cuts in cuts_B]
-    width = max(1, policy.pages - 1)
-    return torch.tensor([[(*v, *[-1] * (width - len(v))) for v in row] for row in rows], dtype=torch.int64)

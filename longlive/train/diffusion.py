@@ -17,7 +17,7 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from ..cache.policy import visible_tensor
+from ..cache.attend import visible_tensor
 from ..config.root import Config
 from ..core.errors import NotAvailable
 from ..core.geometry import Geometry

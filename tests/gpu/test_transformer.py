@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from longlive.cache.attend import Cached, TeacherForced
-from longlive.cache.policy import visible_tensor
+from longlive.cache.attend import Cached, TeacherForced, visible_tensor
 from longlive.core.tokens import Tokens
 from longlive.engine.rollout import Rollout, RolloutSettings, chunk_noise
 from longlive.models.patch import patchify

@@ -6,8 +6,7 @@ import pytest
 import torch
 from dit_toys import COLUMNS, DIMS, FRAMES, ROWS, ask, film, film_tokens, toy_dit, toy_noise, toy_prompts, toy_rollout
 
-from longlive.cache.attend import Cached, TeacherForced
-from longlive.cache.policy import visible_tensor
+from longlive.cache.attend import Cached, TeacherForced, visible_tensor
 from longlive.core.errors import InputError
 from longlive.core.tokens import Tokens
 from longlive.diffusion.known import KnownFrames

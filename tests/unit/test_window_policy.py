@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from longlive.cache.policy import WindowPolicy, history, visible_chunks, visible_tensor
+from longlive.cache.attend import visible_tensor
+from longlive.cache.policy import WindowPolicy, history, visible_chunks
 from longlive.core.errors import InputError
 
 
