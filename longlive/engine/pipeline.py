@@ -155,6 +155,8 @@ def decode_place(config, device: torch.device) -> tuple[str, torch.device]:
     i = config.inference
     if i.streaming_vae and i.vae_device:
         place = present(named_device(i.vae_device, "inference.vae_device"), "inference.vae_device")
+        if place == torch.device("cuda"):
+            place = choose_device(config, "cuda")  # the card of this process, as for inference.device
         if place.type == "cuda" and device.type == "cuda" and place != device:
             return "other-device", place
         if place.type != device.type:
