@@ -52,6 +52,8 @@ def unipc(steps: int, shift: float) -> Schedule:
     sigma = shift * level / (1 + (shift - 1) * level)
     timesteps = tuple(int(t) for t in sigma * 1000)
     sigmas = tuple(float(s) for s in np.append(sigma, 0).astype(np.float32))
+    if sigmas[0] >= 1:
+        raise InputError(f"timestep_shift({shift}) puts the first noise level at 1 in float32, where the solver divides by zero; use a smaller one")
     return Schedule(timesteps, sigmas, _rows(sigmas))
 
 

@@ -84,6 +84,13 @@ def test_no_steps_is_refused():
         unipc(0, 5.0)
 
 
+@pytest.mark.parametrize("shift", [0.0, -1.0, 1e6])
+def test_shifts_without_a_solution_are_refused(shift):
+    with pytest.raises(InputError, match="timestep_shift"):
+        unipc(4, shift)
+    assert all(math.isfinite(c) for row in unipc(4, 1000.0).rows for c in row)
+
+
 def test_flow_algebra_inverts():
     clean, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     sigma = torch.rand(2, 3) * 0.9 + 0.05
