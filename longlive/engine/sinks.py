@@ -1,4 +1,4 @@
-"""Where frames go while a film is being made: a video file, latents, a folder of pictures, or nowhere.
+"""Where frames go while a film is being made: a video file or latents.
 
 A sink writes to a temporary name beside its target; the target appears whole, in `close`, or not at all, in `abort`.
 Frames are uint8 [T, H, W, 3]; latents [F, C, h, w].
@@ -118,48 +118,17 @@ class LatentsSink:
         if not self.parts:
             return None
         try:
-            torch.save(torch.cat(self.parts), beside(self.path))
+            with beside(self.path).open("wb") as file:
+                torch.save(torch.cat(self.parts), file)
             os.replace(beside(self.path), self.path)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as error:  # torch.save turns what a full disk raises into a RuntimeError
             self.abort()
-            raise write_failed(self.path, error if isinstance(error, OSError) else OSError(str(error))) from None
+            raise write_failed(self.path, error.__context__ if isinstance(error.__context__, OSError) else error) from None
         return self.path
 
     def abort(self) -> None:
         self.parts.clear()
         beside(self.path).unlink(missing_ok=True)
-
-
-class FramesSink:
-    """One PNG per frame, `000000.png` and on, in a folder that appears when the film is whole."""
-
-    def __init__(self, folder: Path):
-        self.path, self.frames = Path(folder), 0
-
-    def write(self, frames_THW3: torch.Tensor | None, z_FCHW: torch.Tensor | None = None) -> None:
-        from PIL import Image
-
-        try:
-            beside(self.path).mkdir(parents=True, exist_ok=True)
-            for image in frames_THW3.cpu().numpy() if frames_THW3 is not None else ():
-                Image.fromarray(image).save(beside(self.path) / f"{self.frames:06d}.png")
-                self.frames += 1
-        except OSError as error:
-            raise write_failed(self.path, error) from None
-
-    def close(self) -> Path | None:
-        if not self.frames:
-            return None
-        try:
-            os.replace(beside(self.path), self.path)
-        except OSError as error:
-            raise write_failed(self.path, error) from None
-        return self.path
-
-    def abort(self) -> None:
-        import shutil
-
-        shutil.rmtree(beside(self.path), ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -24,6 +24,7 @@ from .spec import ModelSpec
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 NEIGHBOURS = (-2, -1, 0, 1, 2)
+KEPT_PROMPTS = 64  # at most half a gigabyte of the 5B model's embeddings
 
 
 class TextEncoder(Protocol):
@@ -110,7 +111,7 @@ class HashedWords:
 class PromptCache:
     """Any text encoder, remembering the embeddings of the last `size` distinct prompts. Repeats within one call are encoded once."""
 
-    def __init__(self, encoder: TextEncoder, size: int = 256):
+    def __init__(self, encoder: TextEncoder, size: int = KEPT_PROMPTS):
         self.encoder, self.size = encoder, size
         self.text_dim, self.text_len = encoder.text_dim, encoder.text_len
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
@@ -133,12 +134,12 @@ class PromptCache:
         return [found[prompt] for prompt in prompts]
 
 
-def text_encoder(spec: ModelSpec, *, folder: str | Path | None = None, device=None, dtype: torch.dtype | None = None, cache: int = 256) -> PromptCache:
+def text_encoder(spec: ModelSpec, *, folder: str | Path | None = None, device=None, dtype: torch.dtype | None = None) -> PromptCache:
     """The text encoder of a model, behind a prompt cache. `folder` defaults to where the spec says its files belong."""
     if spec.text_kind == "hashed-words":
-        return PromptCache(HashedWords(spec.dit.text_dim, spec.dit.text_len), cache)
+        return PromptCache(HashedWords(spec.dit.text_dim, spec.dit.text_len))
     if spec.text_kind == "umt5-xxl":
         from .umt5 import UMT5Encoder
 
-        return PromptCache(UMT5Encoder(folder or spec.folder, text_len=spec.dit.text_len, device=device, dtype=dtype), cache)
+        return PromptCache(UMT5Encoder(folder or spec.folder, text_len=spec.dit.text_len, device=device, dtype=dtype))
     raise InputError(f"unknown text encoder {spec.text_kind!r} (known: hashed-words, umt5-xxl)")

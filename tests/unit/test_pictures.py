@@ -9,7 +9,7 @@ from longlive.core.errors import InputError
 from longlive.core.geometry import Geometry
 from longlive.data.images import load_image, to_pixels
 from longlive.data.videos import clip_frames, first_frame, load_clip, probe
-from longlive.engine.sinks import FramesSink, Mp4Sink
+from longlive.engine.sinks import Mp4Sink
 
 SIZE = Geometry(32, 64)
 
@@ -78,15 +78,3 @@ def test_what_is_no_video_gets_one_line(tmp_path, content):
         with pytest.raises(InputError) as caught:
             read(path)
         assert "x.mp4" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_frames_become_a_folder_of_pictures(tmp_path):
-    sink = FramesSink(tmp_path / "frames")
-    sink.write(torch.randint(0, 255, (3, 32, 64, 3), dtype=torch.uint8))
-    assert not (tmp_path / "frames").exists()
-    assert sink.close() == tmp_path / "frames"
-    assert sorted(p.name for p in (tmp_path / "frames").iterdir()) == ["000000.png", "000001.png", "000002.png"]
-    other = FramesSink(tmp_path / "other")
-    other.write(torch.zeros(1, 32, 64, 3, dtype=torch.uint8))
-    other.abort()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["frames"]
