@@ -44,7 +44,7 @@ def decode(
 def decode_all(config, files: list[Path], targets: list[Path], fps: int, overwrite: bool, place: dict | None = None) -> None:
     """Decodes each of `files` into its target. `place` says where the VAE's checkpoint is (see `engine.parts.load_codec`)."""
     from ..engine.decode_files import decode_file, load_latents
-    from ..engine.naming import check_folder, check_free, make_folder
+    from ..engine.naming import check_folder, check_free, make_folder, remove_empty
     from ..engine.parts import load_codec
     from ..engine.pipeline import choose_device
     from ..models.spec import model_spec
@@ -55,6 +55,9 @@ def decode_all(config, files: list[Path], targets: list[Path], fps: int, overwri
     load_latents(files[0])
     check_folder(targets[0].parent)
     codec, _ = load_codec(config, model_spec(config.model_kwargs.model_name), choose_device(config), **(place or {}))
-    make_folder(targets[0].parent)
-    for file, target in zip(files, targets):
-        typer.echo(f"{target}  ({decode_file(codec, file, target, fps)} frames)")
+    made = make_folder(targets[0].parent)
+    try:
+        for file, target in zip(files, targets):
+            typer.echo(f"{target}  ({decode_file(codec, file, target, fps)} frames)")
+    finally:
+        remove_empty(made)

@@ -23,10 +23,8 @@ def check(file: File) -> None:
     """Say ok and give advice by the prompt guide, or name the line that is wrong (exit code 2)."""
     from ..data.storyboard_advice import advise
     from ..data.storyboard_file import read_storyboard
-    from ..engine.films import check_pictures
 
     board = read_storyboard(file)
-    check_pictures(board)
     for line in advise(board):
         typer.echo(f"advice: {line}")
     count = len(board.shots)
@@ -63,7 +61,8 @@ def plan_command(
         )
         start += shot.chunks
     frames, latents = pixel_frames(len(plans) * size), len(plans) * size
-    typer.echo(f"{len(board.shots)} shots, {len(plans)} chunks, {latents} latent frames, {frames} frames = {frames / FPS:.1f} s at {FPS} fps")
+    count = f"{len(board.shots)} shot{'s' if len(board.shots) > 1 else ''}, {len(plans)} chunk{'s' if len(plans) > 1 else ''}"
+    typer.echo(f"{count}, {latents} latent frames, {frames} frames = {frames / FPS:.1f} s at {FPS} fps")
     device = choose_device(config)
     guess = estimate(config, board, len(plans), device, choose_dtype(config, device))
     typer.echo(f"estimated on this machine ({device}): {guess.memory_bytes / 2**30:.1f} GiB of memory, {guess.words()} of time")

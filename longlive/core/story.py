@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from .errors import InputError
 
 SCENE_CUT_PREFIX = "The scene transitions. "
+MOST_CHUNKS = 1_000_000  # two weeks of film; more is a slip of the keyboard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,10 @@ class Shot:
     def __post_init__(self):
         if self.chunks is not None and self.chunks < 1:
             raise InputError(f"a shot of {self.chunks} chunks: every shot lasts at least one chunk")
+        if self.chunks is not None and self.chunks > MOST_CHUNKS:
+            raise InputError(f"a shot of {self.chunks} chunks: a shot lasts at most {MOST_CHUNKS}; give a smaller number")
+        if not is_text(self.prompt):
+            raise InputError(f"the prompt {ascii(self.prompt[:40])} holds characters that no text has; write it in UTF-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,15 @@ class ChunkPlan:
     prompt: str
     cut: bool
     shot: int
+
+
+def is_text(words: str) -> bool:
+    """Whether `words` can be written as UTF-8: broken bytes of a command line and halves of an emoji cannot."""
+    try:
+        words.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def even_durations(shots: int, chunks: int) -> list[int]:

@@ -83,7 +83,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not a text file in UTF-8; give prompts as text, one film per line") from None
+        raise InputError(f"{path} is not a text file in UTF-8; save it as UTF-8 text") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
 

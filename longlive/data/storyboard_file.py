@@ -25,7 +25,8 @@ import yaml
 
 from ..core.errors import InputError, nearest
 from ..core.geometry import CHUNK_FRAMES, FPS, TEMPORAL_STRIDE, Geometry
-from ..core.story import Shot, Storyboard
+from ..core.story import MOST_CHUNKS, Shot, Storyboard, is_text
+from .videos import check_start
 
 KEYS = ("title", "seed", "size", "characters", "image", "video", "shots")
 SHOT_KEYS = ("prompt", "chunks", "seconds", "image")
@@ -70,15 +71,17 @@ class Reader:
     def text(self, node, what: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null") or not node.value.strip():
             self.fail(node, f"{what} is empty; write a text" if isinstance(node, yaml.ScalarNode) else f"{what} must be a text (quote {{...}})")
+        if not is_text(node.value):
+            self.fail(node, f"{what} {ascii(node.value.strip()[:40])} holds characters that no text has; write it in UTF-8")
         return node.value.strip()
 
-    def number(self, node, what: str, kind: type, low: float) -> float:
-        """A number of at least `low`. `kind` int refuses fractions."""
+    def number(self, node, what: str, kind: type, low: float, high: float | None = None) -> float:
+        """A number of at least `low` and at most `high`. `kind` int refuses fractions."""
         tags = (":int",) if kind is int else (":int", ":float")
         value = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) and node.tag.endswith(tags) else None
-        if not isinstance(value, (int, float)) or not low <= value < float("inf"):
+        if not isinstance(value, (int, float)) or not low <= value < float("inf") or (high and value > high):
             shown = node.value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
-            self.fail(node, f"{what} is {shown!r}; give a {'whole ' if kind is int else ''}number of at least {low}")
+            self.fail(node, f"{what} is {shown!r}; give a {'whole ' if kind is int else ''}number of at least {low}{f' and at most {high}' if high else ''}")
         return kind(value)
 
 
@@ -89,7 +92,7 @@ def read_storyboard(path: str | Path, chunk_frames: int = CHUNK_FRAMES) -> Story
         root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{path}:{line}: not valid YAML ({error.problem or error.context})") from None
+        raise InputError(f"{path}:{line}: not valid YAML ({error.problem or error.context}); texts that hold {{ }} : or # need quotes") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(f"{path} is not a text file in UTF-8; a storyboard is YAML text") from None
     except OSError as error:
@@ -121,7 +124,7 @@ def _storyboard(reader: Reader, root, chunk_frames: int) -> Storyboard:
         seed=int(reader.number(keys["seed"], "seed", int, 0)) if "seed" in keys else None,
         size=_size(reader, keys["size"]) if "size" in keys else None,
         image=_file(reader, keys["image"]) if "image" in keys else None,
-        video=_file(reader, keys["video"]) if "video" in keys else None,
+        video=_file(reader, keys["video"], clip=True) if "video" in keys else None,
         meta={"characters": characters},
     )
 
@@ -134,9 +137,9 @@ def _shot(reader: Reader, node, characters: dict[str, str], chunk_frames: int) -
         reader.fail(keys["seconds"], "a shot has chunks or seconds, not both")
     chunks = None
     if "chunks" in keys:
-        chunks = int(reader.number(keys["chunks"], "chunks", int, 1))
+        chunks = int(reader.number(keys["chunks"], "chunks", int, 1, MOST_CHUNKS))
     elif "seconds" in keys:
-        chunks = seconds_to_chunks(reader.number(keys["seconds"], "seconds", float, 0.01), chunk_frames)
+        chunks = seconds_to_chunks(reader.number(keys["seconds"], "seconds", float, 0.01, MOST_CHUNKS), chunk_frames)
     prompt = expand(reader, keys["prompt"], reader.text(keys["prompt"], "prompt"), characters)
     return Shot(prompt=prompt, chunks=chunks, image=_file(reader, keys["image"]) if "image" in keys else None)
 
@@ -177,8 +180,12 @@ def _size(reader: Reader, node) -> tuple[int, int]:
     return size
 
 
-def _file(reader: Reader, node) -> str:
+def _file(reader: Reader, node, clip: bool = False) -> str:
     path = reader.path.parent / reader.text(node, "path")
     if not path.is_file():
         reader.fail(node, f"{path} does not exist; paths are relative to the storyboard file")
+    try:
+        check_start(path, clip=clip)
+    except InputError as error:
+        reader.fail(node, str(error))
     return str(path)

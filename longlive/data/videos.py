@@ -14,7 +14,7 @@ import torch
 
 from ..core.errors import InputError
 from ..core.geometry import FPS, Geometry
-from .images import is_image, load_image, one_line, to_pixels
+from .images import is_image, load_image, one_line, open_rgb, to_pixels
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
@@ -68,6 +68,14 @@ def decode_frames(path: str | Path) -> Iterator:
                 yield frame.to_image()
         except (av.FFmpegError, OSError, ValueError) as error:
             raise InputError(f"video {path} is damaged ({one_line(error)}); give a file that plays to its end") from None
+
+
+def check_start(path: str | Path, *, clip: bool = False) -> None:
+    """Raises InputError unless `path` is an image, or a clip whose first frame can be seen. `clip`: it must be one."""
+    if not clip and not is_video(Path(path)):
+        open_rgb(path)
+    elif probe(path).frames and next(decode_frames(path), None) is None:
+        raise InputError(f"video {path} has no frames; give a clip with at least one")
 
 
 def first_frame(path: str | Path, geometry: Geometry) -> torch.Tensor:

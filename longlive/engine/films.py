@@ -18,9 +18,8 @@ from typing import Protocol
 from ..core.errors import Interrupted
 from ..core.geometry import FPS, Geometry, pixel_frames
 from ..core.story import ChunkPlan, Storyboard, plan
-from ..data.images import open_rgb
-from ..data.videos import is_video, probe
-from .naming import base_name, check_folder, check_free, film_texts, make_folder, prompts_text
+from ..data.videos import check_start
+from .naming import base_name, check_folder, check_free, film_texts, make_folder, prompts_text, remove_empty
 from .pipeline import Pipeline, choose_device
 from .receipt import Timings, receipt_text
 from .session import ChunkResult, Request, Session
@@ -147,12 +146,10 @@ def make_jobs(config, boards: Sequence[Storyboard], output: Path, rank: int, wor
 def check_pictures(board: Storyboard) -> None:
     """Raises InputError when an image or clip of the storyboard cannot be read."""
     for path in [board.image, *(shot.image for shot in board.shots)]:
-        if path is not None and not is_video(Path(path)):
-            open_rgb(path)
-        elif path is not None:
-            probe(path)
+        if path is not None:
+            check_start(path)
     if board.video is not None:
-        probe(board.video)
+        check_start(board.video, clip=True)
 
 
 @dataclass(kw_only=True)
@@ -175,7 +172,7 @@ class FilmMaker:
             indices=(job.index,),
             decode=not self.config.save_latents_only,
         )
-        make_folder(job.bases[0].parent)
+        made = make_folder(job.bases[0].parent)
         sinks = [LatentsSink(path) if self.config.save_latents_only else Mp4Sink(path) for path in job.targets()]
         timings, written = Timings(load=self.load_seconds), []
         try:
@@ -187,6 +184,7 @@ class FilmMaker:
                 sink.abort()
             for path in written:
                 path.unlink(missing_ok=True)
+            remove_empty(made)
             raise
 
     def _loaded(self) -> Pipeline:

@@ -87,14 +87,26 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"cannot write into {folder} (no permission for {place}); give a folder that you may write to with --output")
 
 
-def make_folder(folder: Path) -> None:
-    """Makes `folder` and proves that a file can be written there. Raises InputError."""
+def make_folder(folder: Path) -> list[Path]:
+    """Makes `folder`, proves that a file can be written there, and returns the folders that it had to make, innermost first. Raises InputError."""
     import tempfile
 
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 4096)
             probe.flush()
     except OSError as error:
-        raise InputError(f"cannot write into {folder} ({error.strerror}); give a folder that you may write to with --output") from None
+        remove_empty(made)
+        raise InputError(f"cannot write into {folder} ({error.strerror}); free some space or give another folder with --output") from None
+    return made
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, innermost first, until one holds something."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return  # it holds something, or was never made

@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,9 @@ def _open_torch(path: Path, head: bytes) -> tuple[Mapping[str, Any], dict[str, A
     if not zipped and not head.startswith(b"\x80"):
         raise CheckpointError(f"{path} is not a weight file (neither safetensors nor torch); {FETCH}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if zipped:
             raise CheckpointError(f"{path} holds Python objects beside tensors, which are not run ({_reason(error)}); save only its state dict") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -332,3 +333,10 @@ def test_loading_holds_one_tensor_more_than_the_model(tmp_path, ending):
 def test_meta_construction_takes_no_memory():
     model: nn.Module = build_on_meta(lambda: WanDiT(WAN22_TI2V_5B.dit))
     assert all(p.is_meta for p in model.parameters()) and sum(p.numel() for p in model.parameters()) == 4_999_787_712
+
+
+def test_a_pickle_of_something_else_gets_one_line(tmp_path, recwarn):
+    (tmp_path / "other.pt").write_bytes(pickle.dumps(subprocess.run, protocol=4))
+    with pytest.raises(CheckpointError, match="truncated or no torch file"):
+        read_state(tmp_path / "other.pt")
+    assert not recwarn.list

@@ -36,6 +36,13 @@ def test_any_text_is_a_sentence(prompt):
     assert read_source(prompt, 2)[0].shots[0].prompt == prompt.strip()
 
 
+def test_broken_text_is_refused_not_written(tmp_path):
+    half_emoji, lone_byte = chr(0xD83D), chr(0xDCFF)
+    assert "UTF-8" in refused(f"a red circle {lone_byte}")
+    write_case(tmp_path / "caption" / "case", [f"a red circle {half_emoji}"])
+    assert "UTF-8" in refused(tmp_path)
+
+
 @pytest.mark.parametrize("source", ["", "  \n", "missing.txt", "no/such/folder", "films/my story.yaml"])
 def test_no_prompt_and_no_file(source):
     refused(source)

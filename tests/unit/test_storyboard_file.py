@@ -54,10 +54,18 @@ def test_a_storyboard_says_what_is_filmed(tmp_path):
         ("In the night {ball} waits.", "", 9, "empty"),
         ("In the night {ball} waits.", "{ball: 1}", 9, "text"),
         ("chunks: 2", "chunks: [", 9, "YAML"),
+        ("In the night {ball} waits.", "{ball} waits.", 9, "quotes"),
+        ("In the night {ball} waits.", '"half an emoji \\ud83d"', 9, "UTF-8"),
+        ("chunks: 2", f"chunks: {10**20}", 8, "at most"),
+        ("seconds: 4", f"seconds: {10**20}", 10, "at most"),
+        ("seconds: 4", "seconds: 4\n    image: film.yaml", 11, "not a readable image"),
+        ("seed: 7", "video: film.yaml", 2, "not a readable video"),
+        ("seed: 7", "video: damaged.png", 2, "damaged"),
     ],
 )
 def test_errors_name_the_line(tmp_path, old, new, line, word):
     assert old in GOOD
+    (tmp_path / "damaged.png").write_bytes(b"no picture")
     with pytest.raises(InputError) as caught:
         board_of(tmp_path, GOOD.replace(old, new, 1))
     message = str(caught.value)
