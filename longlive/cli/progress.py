@@ -17,7 +17,7 @@ class FilmProgress:
         console = Console(stderr=True)
         self.bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("chunk {task.completed}/{task.total}  {task.fields[speed]}"),
             TimeRemainingColumn(),
@@ -45,7 +45,7 @@ class FilmProgress:
         text = words if len(words) <= 40 else words[:37] + "..."
         if self.task is not None:
             self.bar.remove_task(self.task)
-        self.task = self.bar.add_task(f"{f'film {number + 1}/{films} ' if films > 1 else ''}{text}".replace("[", "("), total=chunks, speed="")
+        self.task = self.bar.add_task(f"{f'film {number + 1}/{films} ' if films > 1 else ''}{text}", total=chunks, speed="")
         self.frames, self.started, self.note = 0, time.perf_counter(), ""
 
     def chunk(self, result) -> None:
