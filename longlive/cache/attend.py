@@ -235,20 +235,20 @@ class Cached:
         own = [w.slot(chunk) for w in windows]
         counts = [len(w.slots) for w in windows]
         self.pages, self.filled = pages, max(counts)
-        self.slot_B = torch.tensor(own, device=device)
+        self.slot_B = torch.tensor(own).to(device, non_blocking=True)  # here and below: the host does not wait for the queue of the device
         others = [[s for s in range(self.filled) if s != o] for o in own]
-        self.others_BP = torch.tensor(others, dtype=torch.int64).reshape(len(own), self.filled - 1).to(device)
+        self.others_BP = torch.tensor(others, dtype=torch.int64).reshape(len(own), self.filled - 1).to(device, non_blocking=True)
         self.there_BP = None
         if min(counts) < self.filled:
-            self.there_BP = torch.tensor([[s < n for s in range(self.filled)] for n in counts], device=device)
+            self.there_BP = torch.tensor([[s < n for s in range(self.filled)] for n in counts]).to(device, non_blocking=True)
         self.slot_rope: Tables | None = None
         if relative:
             place = [[w.order.index(c) for c in w.slots] + [0] * (self.filled - len(w.slots)) for w in windows]
             frames = torch.arange(tokens.frames)
-            slot_position = (torch.tensor(place)[:, :, None] * tokens.frames + frames).flatten(1).to(device, torch.float64)
+            slot_position = (torch.tensor(place)[:, :, None] * tokens.frames + frames).flatten(1).to(device, torch.float64, non_blocking=True)
             self.slot_rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=slot_position)
             own_position = (torch.tensor(counts)[:, None] - 1) * tokens.frames + frames
-            self.rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=own_position.to(device, torch.float64))
+            self.rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=own_position.to(device, torch.float64, non_blocking=True))
         else:
             self.rope = rope_tables(tokens, head_dim, t_scale=t_scale)
         self._frozen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

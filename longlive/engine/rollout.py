@@ -181,7 +181,7 @@ class Rollout:
         f = self.settings.chunk_frames
         frame = self.first_frame + chunk * f + torch.arange(f, dtype=torch.float64)
         offset = torch.tensor(shots, dtype=torch.float64) * self.settings.shot_offset
-        position = (offset[:, None] + frame).to(self.device)
+        position = (offset[:, None] + frame).to(self.device, non_blocking=True)
         prompt = torch.zeros(self.batch, 1, dtype=torch.int64)
         return Tokens(position, torch.full((f,), chunk), torch.ones(f, dtype=torch.bool), prompt, self.height, self.width)
 
@@ -200,7 +200,7 @@ class _ChunkRun:
         self.rollout, self.branch, self.text, self.given = rollout, branch, text, given
         position = tokens.position_BF.repeat(branch.repeats, 1)
         self.tokens = [
-            Tokens(position, tokens.chunk_F, tokens.noisy_F, torch.tensor(rows)[:, None].to(rollout.device), tokens.height, tokens.width)
+            Tokens(position, tokens.chunk_F, tokens.noisy_F, torch.tensor(rows)[:, None].to(rollout.device, non_blocking=True), tokens.height, tokens.width)
             for rows in branch.passes
         ]
 
