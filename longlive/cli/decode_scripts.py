@@ -47,10 +47,14 @@ def light(
 ) -> None:
     """Decode saved Wan2.2 latents with a LightVAE. Ranks share the files."""
     from ..config import default_config
-    from ..engine.decode_files import latent_files
+    from ..core.errors import InputError
+    from ..engine.decode_files import latent_files, model_of
 
     config = default_config("wan2.2-ti2v-5b", [f"inference.vae_type={vae_type}", f"inference.dtype={dtype}"])
     files = latent_files(input_dir, pattern)
+    found = model_of(files[0])
+    if found and found[0] == "tiny":
+        raise InputError(f"{files[0]} holds latents of tiny and a LightVAE decodes Wan2.2's; use scripts/decode_vae_latents.py or `longlive decode`")
     place = {"folder": ckpt_dir, "path": vae_path, "pruning_rate": lightvae_pruning_rate}
     _decode_share(config, files, output_dir or input_dir, fps, overwrite, place)
 

@@ -9,6 +9,7 @@ Legend: F latent frames, C latent channels.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -37,9 +38,12 @@ def latent_files(path: Path, pattern: str = PATTERN) -> list[Path]:
 def load_latents(path: Path, channels: int = 48) -> torch.Tensor:
     """float32 [F, C, h, w]. Raises InputError for a file that holds anything else."""
     try:
-        z = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
+            z = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise InputError(f"{path} is not a file of latents ({' '.join(str(error).split())[:100]}); give what save_latents_only wrote") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or no tensor file"
+        raise InputError(f"{path} is not a file of latents ({reason}); give what save_latents_only wrote") from None
     if not isinstance(z, torch.Tensor):
         raise InputError(f"{path} holds a {type(z).__name__}, not latents; give what save_latents_only wrote")
     z_FCHW = z[0] if z.dim() == 5 and z.shape[0] == 1 else z

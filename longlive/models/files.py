@@ -39,7 +39,7 @@ def locate(path: str | Path) -> list[Path]:
     if path.is_dir():
         return _in_folder(path)
     if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}{_near(path)}; {FETCH}")
+        raise CheckpointError(f"no checkpoint at {path}{_near(path)}; check the path, or see `longlive doctor` for where weights come from")
     if path.name.endswith(".index.json"):
         return _indexed(path)
     shard = SHARD.match(path.name)
