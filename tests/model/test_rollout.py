@@ -149,6 +149,27 @@ def test_known_frames_stay_and_are_seen(count):
     assert ((out - plain)[:, count:].abs().amax() > 1e-3) == (count > 0)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_model_is_shown_known_frames_clean_at_every_step(guidance):
+    dit, asked = toy_dit(), []
+    text, given = dit.text(toy_prompts(2)), torch.randn(2, 1, DIMS.channels, 2 * ROWS, 2 * COLUMNS)
+    rollout = toy_rollout(dit, 2, guidance=guidance, steps=3)
+
+    class Spy:
+        dims = DIMS
+
+        def __call__(self, x_BNc, tokens, sigma_BF, *rest):
+            asked.append((x_BNc, sigma_BF))
+            return dit(x_BNc, tokens, sigma_BF, *rest)
+
+    rollout.dit = Spy()
+    rollout.step(toy_noise(2, 1)[:, 0], text, [0, 0], [False, False], negative=1, known=KnownFrames(given))
+    assert len(asked) == 4  # three steps and the commit
+    for x_BNc, sigma_BF in asked:
+        assert torch.equal(x_BNc[:, : ROWS * COLUMNS], patchify(given).repeat(len(x_BNc) // 2, 1, 1)) and (sigma_BF[:, 0] == 0).all()
+    assert [bool((sigma_BF[:, 1:] > 0).all()) for _, sigma_BF in asked] == [True, True, True, False]
+
+
 def test_extending_a_film_by_its_own_frames_continues_it():
     """Known frames that the rollout itself made, and the same noise: the rest comes out the same."""
     dit, noise = toy_dit(), toy_noise(1, 4)
