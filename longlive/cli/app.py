@@ -65,6 +65,8 @@ def run(command: typer.Typer, args: list[str] | None = None) -> int:
     """
     try:
         code = typer.main.get_command(command).main(args=args, standalone_mode=False)
+        if code == 130:  # what some versions of typer make of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except LongLiveError as error:
         typer.echo(f"error: {error}", err=True)

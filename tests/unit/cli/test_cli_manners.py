@@ -85,6 +85,7 @@ def test_ctrl_c_is_130(capsys):
         raise KeyboardInterrupt
 
     assert run(stopped, []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_doctor_names_every_place_and_breaks_only_on_what_is_required(capsys, tmp_path, monkeypatch):
