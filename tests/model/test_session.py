@@ -102,8 +102,11 @@ def test_steering_between_chunks(pipeline):
 def test_cancel_keeps_what_is_finished(pipeline):
     with pipeline.session(Request(storyboards=(STORY,))) as session:
         next(session)
+        copy = session.snapshot()
         session.cancel()
         assert list(session) == []
+        session.restore(copy)
+        assert [chunk.index for chunk in session] == [1, 2, 3]
 
 
 def test_an_image_is_the_first_frame_and_a_clip_goes_on(pipeline, tmp_path):
