@@ -46,6 +46,7 @@ def world(
     from ..evaluation import world as evaluation
     from ..world.judge import Judge
 
+    _check(json)
     config = default_config(model, split_overrides(ctx.args))
     stories = evaluation.evaluation_stories(films, seed, chunks, shots)
     device = choose_device(config)
@@ -86,6 +87,7 @@ def drift(
     from ..evaluation.drift import PER_CHUNK, DriftMeter, curve
     from ..world.judge import Judge
 
+    _check(json)
     config = default_config(model, split_overrides(ctx.args))
     if shot_chunks < 1:
         raise InputError(f"--shot-chunks {shot_chunks}: a shot lasts at least one chunk")
@@ -144,6 +146,18 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _check(path: Path | None) -> None:
+    """Refuses a place that cannot be written to before the films are made."""
+    from ..core.errors import InputError
+    from ..engine.naming import check_folder
+
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"--json {path} is a folder; give the file to write, such as {path / 'scores.json'}")
+    check_folder(path.parent, "give --json a file in a folder that you may write to")
 
 
 def _write(path: Path | None, values: dict) -> None:

@@ -32,16 +32,14 @@ def export(
 ) -> None:
     """Write a training set in the documented layout: real videos at 24 frames per second, and captions."""
     import json
-    import os
 
     from rich.console import Console
     from rich.progress import track
 
     from ..core.errors import InputError
-    from ..core.pixels import to_uint8
-    from ..engine.sinks import Mp4Sink, beside
+    from ..engine.naming import check_folder
+    from ..engine.sinks import write_text
     from ..world.render import frame_parameters
-    from ..world.render import render as paint
     from ..world.story import sample_story
 
     if clips < 1:
@@ -49,6 +47,7 @@ def export(
     taken = [folder for folder in (directory / "video", directory / "caption") if folder.exists()]
     if taken and not overwrite:
         raise InputError(f"{taken[0]} exists; give an empty folder or --overwrite")
+    check_folder(directory, "give a folder that you may write to")
     stories = [sample_story(seed * 1_000_003 + index, chunks=chunks, shots=(min_shots, max_shots), split=split) for index in range(clips)]
     try:
         for index, story in track(list(enumerate(stories)), "rendering", console=Console(stderr=True)):
@@ -56,13 +55,8 @@ def export(
             videos.mkdir(parents=True, exist_ok=True)
             captions.mkdir(parents=True, exist_ok=True)
             for number, (shot, frames) in enumerate(zip(story.shots, story.shot_frames)):
-                sink = Mp4Sink(videos / f"{number}.mp4", crf=16, preset="fast")
-                for part in frame_parameters(story, range(*frames)).split(64):
-                    sink.write(to_uint8(paint(part)))
-                sink.close()
-                text = captions / f"{number}.json"
-                beside(text).write_text(json.dumps({"caption": shot.caption}, ensure_ascii=False) + "\n", encoding="utf-8")
-                os.replace(beside(text), text)
+                _write_film(videos / f"{number}.mp4", frame_parameters(story, range(*frames)))
+                write_text(captions / f"{number}.json", json.dumps({"caption": shot.caption}, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {directory} ({error.strerror}); give another folder") from None
     typer.echo(f"wrote {sum(len(s.shots) for s in stories)} shots of {clips} samples to {directory}")
@@ -79,11 +73,9 @@ def render(
 ) -> None:
     """Look at the world: a film as it should be, or a page of stories."""
     from ..core.errors import InputError
-    from ..core.pixels import to_uint8
-    from ..engine.sinks import Mp4Sink, beside
+    from ..engine.sinks import beside
     from ..world.gallery import gallery
     from ..world.render import frame_parameters
-    from ..world.render import render as paint
     from ..world.story import sample_story
 
     if path.suffix not in (".mp4", ".png"):
@@ -100,12 +92,25 @@ def render(
             gallery(stories).save(beside(path), format="PNG")
             beside(path).replace(path)
         else:
-            sink = Mp4Sink(path, crf=16, preset="fast")
-            for part in frame_parameters(stories[0]).split(64):
-                sink.write(to_uint8(paint(part)))
-            sink.close()
+            _write_film(path, frame_parameters(stories[0]))
             for shot in stories[0].shots:
                 typer.echo(f"{shot.chunks} chunks: {shot.caption}")
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); give another place") from None
     typer.echo(f"wrote {path}")
+
+
+def _write_film(path: Path, params_NP) -> None:
+    """Renders frames into a video that appears whole or not at all."""
+    from ..core.pixels import to_uint8
+    from ..engine.sinks import Mp4Sink
+    from ..world.render import render as paint
+
+    sink = Mp4Sink(path, crf=16, preset="fast")
+    try:
+        for part in params_NP.split(64):
+            sink.write(to_uint8(paint(part)))
+        sink.close()
+    except BaseException:
+        sink.abort()
+        raise

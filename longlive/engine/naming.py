@@ -74,7 +74,7 @@ def check_free(paths: Sequence[Path], overwrite: bool) -> None:
         raise InputError(f"{taken[0]}{more} exists already; give --overwrite to replace it, or another folder with --output")
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, remedy: str = "give a folder that you may write to with --output") -> None:
     """Raises InputError when `folder` cannot be written to, or cannot be made, as far as that is known without making it."""
     import os
 
@@ -82,9 +82,9 @@ def check_folder(folder: Path) -> None:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise InputError(f"cannot write into {folder} ({place} is not a folder); give another folder with --output")
+        raise InputError(f"cannot write into {folder} ({place} is not a folder); {remedy}")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write into {folder} (no permission for {place}); give a folder that you may write to with --output")
+        raise InputError(f"cannot write into {folder} (no permission for {place}); {remedy}")
 
 
 def make_folder(folder: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 import json
 
+import torch
+
 from longlive.cli.app import app, run
 from longlive.core.geometry import chunk_pixel_range
 from longlive.data.videos import probe
@@ -32,3 +34,29 @@ def test_eval_writes_the_seven_scores(tmp_path):
     assert list(values["scores"]) == list(ATTRIBUTES) and all(0 <= score <= 1 for score in values["scores"].values())
     assert values["films"] == 1 and values["seed"] == 2
     assert run(app, ["eval", "world", "--films", "0", "--truth"]) == 2
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for words in (
+        ["world", "export", str(tmp_path / "file"), "--clips", "1"],
+        ["eval", "world", "--films", "9999", "--truth", "--json", str(tmp_path / "file" / "x.json")],
+        ["eval", "world", "--films", "9999", "--truth", "--json", str(tmp_path)],
+    ):
+        assert run(app, words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_film_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    pictures = iter([torch.zeros(64, 3, 32, 32)])
+
+    def interrupted(params):
+        for picture in pictures:
+            return picture
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longlive.world.render.render", interrupted)
+    assert run(app, ["world", "export", str(tmp_path), "--clips", "1", "--chunks", "4", "--max-shots", "1"]) == 130
+    assert list(tmp_path.rglob("000000"))
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
