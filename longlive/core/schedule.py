@@ -25,6 +25,7 @@ def chunk_schedule(latent_frames: int, chunk_frames: int) -> tuple[Chunk, ...]:
             f"num_output_frames({latent_frames}) % num_frame_per_block({chunk_frames}) != 0: "
             f"a film is whole chunks; use {near} latent frames"
         )
-    if latent_frames // chunk_frames > MOST_CHUNKS:
-        raise InputError(f"num_output_frames({latent_frames}) is {latent_frames // chunk_frames} chunks; a film has at most {MOST_CHUNKS}, give a smaller number")
-    return tuple(Chunk(i, i * chunk_frames, chunk_frames) for i in range(latent_frames // chunk_frames))
+    chunks = latent_frames // chunk_frames
+    if chunks > MOST_CHUNKS:
+        raise InputError(f"num_output_frames({latent_frames}) is {chunks} chunks; a film has at most {MOST_CHUNKS}, give a smaller number")
+    return tuple(Chunk(i, i * chunk_frames, chunk_frames) for i in range(chunks))

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from longlive.core.errors import InputError
+from longlive.core.schedule import chunk_schedule
 from longlive.core.story import plan
 from longlive.data.prompts import SourceSettings, read_path, read_source
 
@@ -127,3 +128,8 @@ def test_clip_folders_follow_the_clips(tmp_path):
     assert walk_clips(clips, 3, settings) == [("a", 2), ("b", 1)]
     assert walk_clips(clips, None, SourceSettings(uniform_prompt=True)) == [("a", 2)]
     assert walk_clips(clips[2:], None, SourceSettings(max_chunks_per_shot=1)) == [("b", 1), ("b", 1)]
+
+
+def test_an_endless_film_is_refused_at_once():
+    with pytest.raises(InputError, match="at most"):
+        chunk_schedule(8 * 10**12, 8)
