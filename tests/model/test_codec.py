@@ -90,7 +90,10 @@ def test_decoding_is_differentiable_in_spite_of_groups(vae, codec):
     assert z.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("able, dtype", [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True, "avx512_bf16": False}, torch.float32), (None, torch.float32)])
+@pytest.mark.parametrize(
+    "able, dtype",
+    [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True, "avx512_bf16": False}, torch.float32), (None, torch.float32)],
+)
 def test_the_precision_of_a_cpu_is_what_it_multiplies_in(monkeypatch, able, dtype):
     """`None`: a torch that does not tell."""
     if able is None:
