@@ -21,6 +21,7 @@ from ..core.geometry import pixel_frames
 from ..core.story import ChunkPlan, Shot, Storyboard, plan
 from .conditioning import Conditioning
 from .decode import NoDecode
+from .memory import trim_heap
 from .rollout import Rollout, RolloutSnapshot, chunk_noise
 from .text_rows import TextRows
 
@@ -160,6 +161,8 @@ class Session:
         self._under_way.append((ChunkResult(index=self.cursor, latents_BFCHW=z, frames=None, plans=plans), clock))
         self.cursor += 1
         self.decoder.submit(z)
+        if self.pipeline.device.type == "cpu":
+            trim_heap()
 
     def _take(self, frames_of_chunks: list) -> None:
         for frames in frames_of_chunks:
