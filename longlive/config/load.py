@@ -206,6 +206,8 @@ def _first_problem(error: ValidationError, layered: Given, label: str) -> str:
         return f"{prefix}: unknown key {'.'.join(location)}{f'; did you mean {close}?' if close else ''}"
     shown = problem["input"] if rest else layered.get(key, (problem["input"],))[0]
     message = problem["msg"][0].lower() + problem["msg"][1:]
+    if problem["type"] == "missing" and rest and rest[-1].isdigit():
+        shown, message = layered[key][0], f"entry number {int(rest[-1]) + 1} is missing; give all of them, as `longlive config schema` shows"
     return f"{prefix}: {key} = {shown!r}: {message.replace('input should', 'it should')}"
 
 

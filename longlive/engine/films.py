@@ -114,7 +114,7 @@ def generate_films(
         listener.done(made)
         files += made
         if made[0].chunks < len(job.plans):
-            raise Interrupted(f"stopped by Ctrl-C: {made[0].film} holds the first {made[0].frames / FPS:.1f} s")
+            raise Interrupted(f"stopped: {made[0].film} holds the first {made[0].frames / FPS:.1f} s")
     return files
 
 

@@ -250,3 +250,8 @@ def test_what_is_not_available_says_so():
     availability(load_config({"torch_compile": "auto"}), "generate")
     availability(default_config(), "generate")
     availability(default_config(), "train")
+
+
+def test_a_short_shape_says_which_entry_is_missing():
+    with pytest.raises(ConfigError, match=r"image_or_video_shape = \[1, 8, 48, 12\]: entry number 5 is missing"):
+        load_config({"data": {"image_or_video_shape": [1, 8, 48, 12]}})
