@@ -253,5 +253,5 @@ def test_what_is_not_available_says_so():
 
 
 def test_a_short_shape_says_which_entry_is_missing():
-    with pytest.raises(ConfigError, match=r"image_or_video_shape = \[1, 8, 48, 12\]: entry number 5 is missing"):
+    with pytest.raises(ConfigError, match=r"image_or_video_shape = \(1, 8, 48, 12\): entry number 5 is missing"):
         load_config({"data": {"image_or_video_shape": [1, 8, 48, 12]}})
