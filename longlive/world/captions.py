@@ -1,4 +1,5 @@
-"""Truth -> natural English. A caption names every attribute of a shot once, in at most 45 words.
+"""Truth -> natural English. A caption names every attribute of a shot once, in at most 45 words. Only a character that is recalled from an
+earlier shot is named by its colour alone: its shape, size and marking must come from what was seen.
 
 The words of one character stay together (size, marking, colour, shape, then its verb): a text encoder that sees each word with its
 neighbours can bind them. The first of two characters stands on the left. Held-out wordings arrange the same words in sentences that
@@ -95,6 +96,17 @@ CAMERA_NOUNS = {
     "tilt": "a tilt up and down",
 }
 
+# A character recalled by its colour alone
+RECALLED_WORDS = (
+    "the same {colour} character",
+    "that same {colour} one",
+    "the familiar {colour} figure",
+    "the returning {colour} one",
+    "the {colour} one from before",
+    "the {colour} figure again",
+    "the {colour} character seen earlier",
+)
+
 # {who}: characters with finite verbs; {whom}: with participles; {place}; {camera}: a clause; {shot}: a clause or a noun
 TRAIN_FRAMES = (
     "{who} {place}. {shot}.",
@@ -127,6 +139,10 @@ def _noun(role: "Role", draw: Draw) -> str:
     return " ".join([article, *(w for w in words if w)])
 
 
+def _recalled_noun(role: "Role", draw: Draw) -> str:
+    return draw.pick(RECALLED_WORDS).format(colour=draw.pick(COLOUR_WORDS[role.character.colour]))
+
+
 def _cast(nouns: list[str], verbs: list[str], manner: int) -> str:
     """One or two characters with their verbs; two are joined in one of three manners, of which the last needs a sentence of its own."""
     if len(nouns) == 1:
@@ -139,10 +155,14 @@ def _sentence_case(text: str) -> str:
     return ". ".join(s[:1].upper() + s[1:] for s in text.split(". "))
 
 
-def caption(roles: Sequence["Role"], setting: str, camera: str, draw: Draw, held_out: bool) -> str:
-    """One caption of a shot, at most 45 words. The choice of words comes from `draw`; `held_out` picks the sentence frames."""
+def caption(roles: Sequence["Role"], setting: str, camera: str, draw: Draw, held_out: bool, recall: Draw) -> str:
+    """One caption of a shot, at most 45 words. `held_out` picks the sentence frames.
+
+    The choice of words comes from `draw`, and for the names of recalled roles from `recall`: recalling one changes no other word.
+    """
     frame = draw.pick(HELD_OUT_FRAMES if held_out else TRAIN_FRAMES)
-    nouns = [_noun(role, draw) for role in roles]
+    full = [_noun(role, draw) for role in roles]
+    nouns = [_recalled_noun(role, recall) if role.recalled else noun for role, noun in zip(roles, full)]
     pairs = [draw.pick(ACTION_WORDS[role.action]) for role in roles]
     text = frame.format(
         who=_cast(nouns, [p[0] for p in pairs], draw.below(3)),

@@ -1,6 +1,7 @@
 """Stories: who is where, doing what, under which camera, shot by shot, drawn from a seed alone.
 
-A story is exact truth. Its captions say all of it, its renderer shows all of it, its judge looks for all of it.
+A story is exact truth. Its captions say all of it, its renderer shows all of it, its judge looks for all of it. A story that needs memory
+leaves out what an earlier caption said: a recalled character is named by its colour alone, which says who is who.
 Shots are whole chunks. The first and the last shot show the whole cast; a shot between may miss one member, or show a guest.
 Settings differ between neighbouring shots. Within a shot two characters differ in colour; the first of two stands on the left.
 """
@@ -29,7 +30,10 @@ class Character:
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """A character in one shot. `home_x`, `home_y` pixels at 192x320; `direction` +1 or -1, the way the action starts."""
+    """A character in one shot. `home_x`, `home_y` pixels at 192x320; `direction` +1 or -1, the way the action starts.
+
+    known: an earlier shot shows it and its caption says all of it; recalled: known, and this caption names it by its colour alone.
+    """
 
     character: Character
     action: str
@@ -37,6 +41,7 @@ class Role:
     home_y: float
     direction: int
     known: bool = False
+    recalled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,31 +119,39 @@ def _durations(draw: Draw, chunks: int, shots: int) -> list[int]:
     return [b - a for a, b in zip([0] + cuts, cuts + [chunks])]
 
 
-def _on_stage(draw: Draw, shots: int, cast: int) -> list[list[int]]:
+def _on_stage(draw: Draw, shots: int, cast: int, away: float) -> list[list[int]]:
     """Members of the cast in each shot, from left to right. Number `cast` stands for a guest."""
     stage = []
     for index in range(shots):
         members = draw.sample(range(cast), cast)
-        if 0 < index < shots - 1 and draw.chance(0.25):
+        if 0 < index < shots - 1 and draw.chance(away):
             members = members[:1] if cast > 1 else [cast]
         stage.append(members)
     return stage
 
 
-def _role(draw: Draw, character: Character, action: str, place: int, count: int, known: bool) -> Role:
+def _role(draw: Draw, character: Character, action: str, place: int, count: int, known: bool, recalled: bool) -> Role:
     x = 160 + draw.spread(24) if count == 1 else (92, 228)[place] + draw.spread(6)
-    return Role(
-        character=character, action=action, home_x=x, home_y=108 + draw.spread(12), direction=draw.pick((-1, 1)), known=known
-    )
+    y, direction = 108 + draw.spread(12), draw.pick((-1, 1))
+    return Role(character=character, action=action, home_x=x, home_y=y, direction=direction, known=known, recalled=recalled)
 
 
 def sample_story(
-    seed: int, *, chunks: int = 6, shots: tuple[int, int] = (3, 3), characters: tuple[int, int] = (1, 2), split: str = "train"
+    seed: int,
+    *,
+    chunks: int = 6,
+    shots: tuple[int, int] = (3, 3),
+    characters: tuple[int, int] = (1, 2),
+    split: str = "train",
+    memory: float = 0.0,
+    away: float = 0.25,
 ) -> WorldStory:
     """A story of `chunks` chunks in `shots` (lowest, highest) shots with `characters` (lowest, highest) members of the cast.
 
     The same arguments give the same story everywhere. All attributes are uniform, but whoever ever spins has a marking, so that it can be seen.
     split: "train" never shows a combination that is held out and never uses a held-out wording; "held-out" uses nothing else.
+    memory: chance that a character is recalled where it is known; it changes how captions name it and nothing else. away: chance that a shot
+    between the first and the last misses a member of the cast. Raises InputError for what cannot be told.
     """
     if split not in SPLITS:
         raise InputError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
@@ -147,9 +160,11 @@ def sample_story(
         raise InputError(f"{shots[0]} to {shots[1]} shots do not fit in {chunks} chunks: every shot lasts at least one chunk")
     if not 1 <= characters[0] <= characters[1] <= 2:
         raise InputError(f"characters {characters}: a scene has one or two; use (1, 2)")
-    draw = Draw("story", split, seed)
+    if not (0 <= memory <= 1 and 0 <= away <= 1):
+        raise InputError(f"memory {memory}, away {away}: both are chances; use 0 to 1")
+    draw, recall = Draw("story", split, seed), Draw("recall", split, seed)
     count, cast_size = draw.between(low, high), draw.between(*characters)
-    stage = _on_stage(draw, count, cast_size)
+    stage = _on_stage(draw, count, cast_size, away)
     actions = [[draw.pick(ACTIONS) for _ in members] for members in stage]
     spinners = {m for members, todo in zip(stage, actions) for m, action in zip(members, todo) if action == "spins"}
     cast: list[Character] = []
@@ -159,10 +174,11 @@ def sample_story(
     for members, todo, length in zip(stage, actions, _durations(draw, chunks, count)):
         setting = draw.pick([s for s in SETTINGS if s != setting])
         roles = tuple(
-            _role(draw, cast[m], action, place, len(members), m in seen) for place, (m, action) in enumerate(zip(members, todo))
+            _role(draw, cast[m], action, place, len(members), m in seen, m in seen and recall.chance(memory))
+            for place, (m, action) in enumerate(zip(members, todo))
         )
         camera, offset = draw.pick(CAMERAS), draw.unit() * 1280
-        text = caption(roles, setting, camera, draw, held_out=split == "held-out")
+        text = caption(roles, setting, camera, draw, held_out=split == "held-out", recall=recall)
         told.append(ShotTruth(setting=setting, camera=camera, roles=roles, chunks=length, offset=offset, caption=text))
         seen.update(members)
     return WorldStory(shots=tuple(told), seed=seed, split=split)
@@ -173,3 +189,19 @@ def evaluation_story(seed: int, index: int, *, chunks: int = 6, shots: tuple[int
     count = 2 if index % 3 == 2 else 1
     key = Draw("evaluation", seed, index).below(1 << 48)
     return sample_story(key, chunks=chunks, shots=shots, characters=(count, count), split="held-out")
+
+
+def memory_story(seed: int, index: int, *, chunks: int = 16, shots: int = 4) -> WorldStory:
+    """Film number `index` that can only be right from memory: one character, told in full in the first shot and by its colour alone in the last.
+
+    The shots between show a guest, for at least half of the film. Held-out combinations and wordings. Raises InputError below 3 shots or
+    2 chunks per shot.
+    """
+    if shots < 3 or chunks < 2 * shots:
+        raise InputError(f"{shots} shots in {chunks} chunks: a character goes and comes back in at least 3 shots, 2 chunks or more per shot")
+    draw = Draw("memory", seed, index)
+    while True:
+        key = draw.below(1 << 48)
+        story = sample_story(key, chunks=chunks, shots=(shots, shots), characters=(1, 1), split="held-out", memory=1.0, away=1.0)
+        if 2 * sum(shot.chunks for shot in story.shots[1:-1]) >= chunks:
+            return story
