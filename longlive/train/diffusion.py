@@ -103,6 +103,8 @@ class DiffusionTask:
             shots=(world.min_shots, world.max_shots),
             characters=(1, world.max_characters),
             split=world.split,
+            memory=world.memory,
+            away=world.away,
         )
         return WorldBank(clips, prompts, source, codec, Geometry.of_latent(latent[3], latent[4]), self.config.data.scene_cut_prefix)
 

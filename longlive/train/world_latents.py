@@ -71,13 +71,13 @@ class PromptBank:
 
 
 class StorySource:
-    """Makes stories by number."""
+    """Makes stories by number. `story`: what `sample_story` takes beside a seed."""
 
-    def __init__(self, *, seed: int, rank: int, chunks: int, shots: tuple[int, int], characters: tuple[int, int], split: str):
-        self.seed, self.rank, self.shape = seed, rank, {"chunks": chunks, "shots": shots, "characters": characters, "split": split}
+    def __init__(self, *, seed: int, rank: int, **story):
+        self.seed, self.rank, self.story = seed, rank, story
 
     def __getitem__(self, number: int) -> WorldStory:
-        return sample_story(seed_of(self.seed, self.rank, number) % (1 << 40), **self.shape)
+        return sample_story(seed_of(self.seed, self.rank, number) % (1 << 40), **self.story)
 
 
 class WorldBank:
