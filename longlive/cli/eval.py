@@ -1,4 +1,4 @@
-"""`longlive eval world|drift`: films of storyboards drawn from a seed, and what the judge sees in them."""
+"""`longlive eval world|drift|memory`: films of storyboards drawn from a seed, and what the judge sees in them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ BatchOption = Annotated[int, typer.Option("--batch", help="Films made together; 
 
 def register(app: typer.Typer) -> None:
     """Adds the `eval` group."""
+    from .eval_memory import memory
+
     group = typer.Typer(help="Scores of generated films.", no_args_is_help=True)
     group.command("world", context_settings=OVERRIDES)(world)
     group.command("drift", context_settings=OVERRIDES)(drift)
+    group.command("memory", context_settings=OVERRIDES)(memory)
     app.add_typer(group, name="eval")
 
 
