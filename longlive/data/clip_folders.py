@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.geometry import FPS, TEMPORAL_STRIDE, pixel_frames
+from ..core.geometry import FPS, pixel_frames
 from ..core.story import Shot, Storyboard
-from .videos import is_video, probe
+from .sampling import SamplingRules, walk
+from .videos import clip_order, is_video, probe
 
 
 def read_clip_folders(root: Path, chunks: int | None, settings) -> list[Storyboard]:
@@ -44,27 +45,20 @@ def captioned_clips(folder: Path, captions: Path) -> list[tuple[Path, str]]:
     """(clip, caption) pairs in the order of their numbers, names last; clips without a caption file are left out."""
     from .prompts import read_caption
 
-    order = lambda p: (0, int(p.stem), "") if p.stem.isdecimal() else (1, 0, p.stem)  # noqa: E731
-    files = sorted((p for p in folder.iterdir() if p.is_file() and is_video(p)), key=order)
+    files = sorted((p for p in folder.iterdir() if p.is_file() and is_video(p)), key=lambda p: (clip_order(p.stem), p.name))
     return [(p, read_caption(captions / f"{p.stem}.json")) for p in files if (captions / f"{p.stem}.json").is_file()]
 
 
 def walk_clips(clips: list, chunks: int | None, settings) -> list[tuple[str, int]]:
     """[(caption, chunks)] of the shots that the clips fill; `clips` holds (ClipInfo, caption). Stops after `chunks`."""
-    runs, clip, start, inside, total = [], 0, 0, 0, 0
-    first, later = pixel_frames(settings.chunk_frames), TEMPORAL_STRIDE * settings.chunk_frames
-    fresh = True
-    while clip < len(clips) and (chunks is None or total < chunks):
-        info, caption = clips[clip]
-        need = later if total else first
-        if round(start + (need - 1) * info.fps / FPS) >= info.frames:
-            if settings.uniform_prompt and total:
-                break
-            clip, start, inside, fresh = clip + 1, 0, 0, True
-            continue
-        if not fresh and settings.max_chunks_per_shot and inside >= settings.max_chunks_per_shot:
-            start, inside, fresh = start + round(info.fps), 0, True
-            continue
-        runs = [*runs, (caption, 1)] if fresh else [*runs[:-1], (caption, runs[-1][1] + 1)]
-        start, inside, total, fresh = round(start + need * info.fps / FPS), inside + 1, total + 1, False
+    rules = SamplingRules(
+        chunks=chunks,
+        chunk_frames=settings.chunk_frames,
+        max_chunks_per_shot=settings.max_chunks_per_shot,
+        uniform_prompt=settings.uniform_prompt,
+    )
+    runs: list[tuple[str, int]] = []
+    for segment in walk([info for info, _ in clips], rules):
+        caption = clips[segment.clip][1]
+        runs = [*runs[:-1], (caption, runs[-1][1] + 1)] if runs and not segment.cut else [*runs, (caption, 1)]
     return runs

@@ -21,10 +21,12 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """`frames` in the file and how many of them are shown in a second."""
+    """`frames` in the file, how many of them are shown in a second, and their size in pixels (0: not known)."""
 
     frames: int
     fps: float
+    width: int = 0
+    height: int = 0
 
 
 def is_video(path: Path) -> bool:
@@ -32,7 +34,13 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def _open(path: str | Path):
+def clip_order(stem: str) -> tuple:
+    """Sort key of the clips of a folder: numbers by value, then words by name (spec training §2.2)."""
+    return (0, int(stem), stem) if stem.isdecimal() else (1, 0, stem)
+
+
+def open_video(path: str | Path):
+    """The PyAV container of a file with pictures. Raises InputError for anything else."""
     import av
 
     try:
@@ -48,26 +56,37 @@ def _open(path: str | Path):
 
 
 def probe(path: str | Path) -> ClipInfo:
-    """Frame count and rate of a clip. Counts packets where the container does not tell. Raises InputError."""
-    with _open(path) as container:
+    """Frame count, rate and size of a clip. Counts packets where the container does not tell. Raises InputError."""
+    import av
+
+    with open_video(path) as container:
         stream = container.streams.video[0]
         fps = float(stream.average_rate or stream.guessed_rate or FPS)
-        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        size = stream.codec_context.width, stream.codec_context.height
+        try:
+            frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise damaged(path, error) from None
     if frames < 1:
         raise InputError(f"video {path} has no frames; give a clip with at least one")
-    return ClipInfo(frames, fps)
+    return ClipInfo(frames, fps, *size)
+
+
+def damaged(path: str | Path, error: BaseException) -> InputError:
+    """What a user reads when the video library gives up inside a file."""
+    return InputError(f"video {path} is damaged ({one_line(error)}); give a file that plays to its end")
 
 
 def decode_frames(path: str | Path) -> Iterator:
     """Every frame of the clip as an RGB PIL image, in order. Raises InputError on a damaged file."""
     import av
 
-    with _open(path) as container:
+    with open_video(path) as container:
         try:
             for frame in container.decode(video=0):
                 yield frame.to_image()
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise InputError(f"video {path} is damaged ({one_line(error)}); give a file that plays to its end") from None
+            raise damaged(path, error) from None
 
 
 def check_start(path: str | Path, *, clip: bool = False) -> None:
