@@ -176,6 +176,10 @@ class TextContext:
     def prompts(self) -> int:
         return self.raw_RMt.shape[0]
 
+    def select(self, rows: torch.Tensor) -> "TextContext":
+        """The rows that the int64 tensor names, in its order, as a context of its own."""
+        return TextContext(self.raw_RMt[rows], self.text_RMD[rows], self.bias_RM[rows], self._stamp)
+
     def kept(self, layer: int) -> KeysValues | None:
         """The layer's keys and values [R, M, H, d] if they were kept; never with gradients on."""
         return None if torch.is_grad_enabled() else self._kept.get(layer)

@@ -93,9 +93,15 @@ def masked_mean(error_BF: torch.Tensor, weight_BF: torch.Tensor, mask_BF: torch.
 
 def quarter_losses(error_BF: torch.Tensor, sigma_BF: torch.Tensor, mask_BF: torch.Tensor) -> torch.Tensor:
     """Unweighted error by quarter of sigma ([0, .25), ..., [.75, 1]), float32 [4]; NaN where a quarter holds no frame."""
+    errors, frames = quarter_sums(error_BF, sigma_BF, mask_BF)
+    return errors / frames
+
+
+def quarter_sums(error_BF: torch.Tensor, sigma_BF: torch.Tensor, mask_BF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the errors and number of frames of each quarter of sigma, [4] each."""
     quarter = (sigma_BF * 4).long().clamp(0, 3)
     member = torch.nn.functional.one_hot(quarter, 4).float() * mask_BF[..., None]
-    return (error_BF[..., None] * member).sum((0, 1)) / member.sum((0, 1))
+    return (error_BF[..., None] * member).sum((0, 1)), member.sum((0, 1))
 
 
 def augmentation_range(max_timestep: int, shift: float) -> tuple[int, int]:

@@ -54,6 +54,11 @@ def sequence_tokens(film: Film, copies: int, height: int, width: int) -> Tokens:
     )
 
 
+def film_attention(film: Film, tokens: Tokens, head_dim: int) -> TeacherForced:
+    """The strategy over the whole sequence `tokens` of `film`."""
+    return TeacherForced(tokens, head_dim, film.visible_BcP, committed_BCP=film.committed_BcP, t_scale=film.t_scale, relative=film.relative)
+
+
 def teacher_forced_velocity(
     dit: WanDiT,
     text: TextContext,
@@ -70,9 +75,7 @@ def teacher_forced_velocity(
     streams = [context, *copies]
     batch, frames, _, height, width = context[0].shape
     tokens = sequence_tokens(film, len(copies), height, width)
-    attend = TeacherForced(
-        tokens, dit.dims.head_dim, film.visible_BcP, committed_BCP=film.committed_BcP, t_scale=film.t_scale, relative=film.relative
-    )
+    attend = film_attention(film, tokens, dit.dims.head_dim)
     x_BNc = torch.cat([patchify(latents) for latents, _ in streams], dim=1)
     sigma_BF = torch.cat([sigma for _, sigma in streams], dim=1)
     y_BNc = dit(x_BNc, tokens, sigma_BF, text, wrap(attend))
