@@ -7,8 +7,6 @@ import typer
 from ..core.errors import NotAvailable
 
 LATER = {
-    "data": ("preparing training data with `longlive data`", "lay out video/ and caption/ folders as the documentation shows"),
-    "encode": ("`longlive encode`", "training encodes videos as it reads them"),
     "export": ("exporting merged or quantised checkpoints with `longlive export`", "use a checkpoint that is already merged"),
     "bench": ("`longlive bench`", "the receipt beside each film holds its timings"),
     "serve": ("the server (`longlive serve`)", "use `longlive generate`"),

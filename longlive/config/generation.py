@@ -24,6 +24,10 @@ class Data(Section):
     allow_padding: bool = option(False, "video folders: repeat the last frame of clips that are too short")
     min_latent_frames: int = option(0, "video folders with padding: least valid latent frames", ge=0)
     uniform_prompt: bool = option(False, "video folders: stay within one file")
+    manifest_path: str | None = option(None, "video folders: file that keeps their index; null = beside the data")
+    num_workers: int = option(2, "video folders: processes that decode ahead of each rank; 0 = decode in the rank itself", ge=0)
+    prefetch_factor: int = option(2, "video folders: batches that each of them decodes ahead", ge=1)
+    max_broken_clips: int = option(100, "video folders: clips that may be unreadable before training stops; each is named", ge=0)
     dataset_sample_warning_seconds: float = option(60, "warn when one sample takes longer", gt=0)
     dataset_sample_warning_interval_seconds: float = option(60, "and again after so long", gt=0)
 

@@ -48,6 +48,23 @@ def read_frames(path: str | Path, numbers: Sequence[int], height: int, width: in
         raise damaged(path, error) from None
 
 
+def count_frames(path: str | Path) -> int:
+    """Decodes a whole video. Returns its frames. Raises InputError where one of them is damaged."""
+    import av
+
+    last = -1
+    try:
+        with open_video(path) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.options = STRICT
+            for last, frame in enumerate(container.decode(stream)):
+                if frame.is_corrupt:
+                    raise InputError(f"video {path} is damaged at frame {last}; give a file that plays to its end")
+    except (av.FFmpegError, OSError) as error:
+        raise damaged(path, error) from None
+    return last + 1
+
+
 def _read(path: str | Path, numbers: Sequence[int], height: int, width: int, *, seek: bool) -> Tensor:
     frames_THW3 = torch.empty(len(numbers), height, width, 3, dtype=torch.uint8)
     filled, last = 0, -1
