@@ -36,6 +36,8 @@ def world(
     model: ModelOption = "tiny",
     truth: TruthOption = False,
     reconstruct: Annotated[bool, typer.Option("--reconstruct", help="Judge renders that went through the VAE.")] = False,
+    blur: Annotated[float, typer.Option("--blur", metavar="SIGMA", help="Blur these renders first: a Gaussian, in pixels at 192x320.")] = 0.0,
+    noise: Annotated[float, typer.Option("--noise", metavar="STD", help="Add noise to these renders: its standard deviation in levels of 255.")] = 0.0,
     batch: BatchOption = 0,
     chunks: Annotated[int, typer.Option("--chunks", help="Length of each film.")] = 6,
     shots: Annotated[int, typer.Option("--shots", help="Shots of each film.")] = 3,
@@ -45,11 +47,16 @@ def world(
     The last column is what the same films score against each other's storyboards. Trailing key=value words change the settings.
     """
     from ..config import default_config
+    from ..core.errors import InputError
     from ..engine.pipeline import Pipeline, choose_device
     from ..evaluation import world as evaluation
+    from ..evaluation.degrade import Degradation, degraded_chunks
     from ..world.judge import Judge
 
-    _check(json)
+    _check("--json", json)
+    worse = Degradation(blur=blur, noise=noise)
+    if worse and not (truth or reconstruct):
+        raise InputError("--blur and --noise test the judge on renders, not the model's films; add --truth or --reconstruct")
     config = default_config(model, split_overrides(ctx.args))
     stories = evaluation.evaluation_stories(films, seed, chunks, shots)
     device = choose_device(config)
@@ -61,11 +68,16 @@ def world(
         source, made = "reconstructed", evaluation.reconstructed_chunks(stories, _codec(config, device))
     else:
         source, made = "generated", evaluation.generated_chunks(stories, Pipeline.load(config), batch)
+    if worse:
+        source, made = f"{source} (blur {blur:g}, noise {noise:g})", degraded_chunks(stories, made, worse)
     with _bar(films, "films judged") as bar:
         films_made = evaluation.whole_films(stories, made)
         report = evaluation.judge_films(judge, stories, films_made, seed=seed, source=source, on_film=lambda film: bar.advance())
     rows = [(name, f"{score:.3f}", "" if chance is None else f"{chance:.3f}") for name, score, chance in evaluation.report_rows(report)]
     _table(f"{films} {source} films, seed {seed}", ("attribute", "score", "shuffled"), rows)
+    for name, row in report.calibration.items():
+        sure = f"certainty {row['certainty']:.3f}, right {row['right']:.3f}, calibration error {row['error']:.3f}"
+        typer.echo(f"{name} of {row['characters']} characters: {sure}")
     _write(json, report.to_json())
 
 
@@ -81,16 +93,22 @@ def drift(
     shot_chunks: Annotated[int, typer.Option("--shot-chunks", help="Mean length of a shot in chunks.")] = 6,
     window: Annotated[float, typer.Option("--window", help="Seconds per row.")] = 20.0,
     every: Annotated[int, typer.Option("--every", help="Read only each n-th chunk.")] = 1,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the curves here.")] = None,
 ) -> None:
-    """Scores over the length of long films, chunk by chunk, at constant memory."""
+    """Scores over the length of long films, chunk by chunk, at constant memory.
+
+    What is shown: 0 to 1. How it looks, but for tone: 1.0 is as the truth. docs/world.md says what each figure means.
+    """
     from ..config import default_config
     from ..core.errors import InputError
     from ..engine.pipeline import Pipeline, choose_device
     from ..evaluation import world as evaluation
-    from ..evaluation.drift import PER_CHUNK, DriftMeter, curve
+    from ..evaluation.drift import LOOKS, SHOWN, DriftMeter, curve, losses
+    from ..evaluation.drift_plot import plot_curves
     from ..world.judge import Judge
 
-    _check(json)
+    _check("--json", json)
+    _check("--plot", plot)
     config = default_config(model, split_overrides(ctx.args))
     if shot_chunks < 1:
         raise InputError(f"--shot-chunks {shot_chunks}: a shot lasts at least one chunk")
@@ -105,9 +123,16 @@ def drift(
             meters[index].feed(frames)
             bar.advance()
     rows = curve(meters)
-    cells = [(f"{row['from_second']:.0f}", f"{row['chunks']:.0f}", *(f"{row[name]:.3f}" for name in PER_CHUNK)) for row in rows]
-    _table(f"{films} films of {chunks} chunks, seed {seed}", ("from second", "chunks", *PER_CHUNK), cells)
-    _write(json, {"films": films, "seed": seed, "chunks": chunks, "source": "truth" if truth else "generated", "curve": rows})
+    source = "truth" if truth else "generated"
+    for title, names in (("what is shown", SHOWN), ("how it looks", LOOKS)):
+        cells = [(f"{row['from_second']:.0f}", f"{row['chunks']:.0f}", *("-" if row[n] is None else f"{row[n]:.3f}" for n in names)) for row in rows]
+        _table(f"{films} {source} films of {chunks} chunks, seed {seed}: {title}", ("from second", "chunks", *names), cells)
+    changes = losses(rows)
+    for change in changes:
+        typer.echo(f"{change['name']:>10}  {change['first']:.3f} -> {change['last']:.3f}, {change['lost']:.1f} points lost")
+    if plot is not None:
+        typer.echo(f"wrote {plot_curves(rows, plot)}")
+    _write(json, {"films": films, "seed": seed, "chunks": chunks, "source": source, "curve": rows, "losses": changes})
 
 
 def _codec(config, device):
@@ -151,16 +176,19 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     Console().print(table)
 
 
-def _check(path: Path | None) -> None:
+def _check(option: str, path: Path | None) -> None:
     """Refuses a place that cannot be written to before the films are made."""
     from ..core.errors import InputError
     from ..engine.naming import check_folder
 
     if path is None:
         return
+    ending = ".json" if option == "--json" else ".png"
     if path.is_dir():
-        raise InputError(f"--json {path} is a folder; give the file to write, such as {path / 'scores.json'}")
-    check_folder(path.parent, "give --json a file in a folder that you may write to")
+        raise InputError(f"{option} {path} is a folder; give the file to write, such as {path / ('scores' + ending)}")
+    if ending == ".png" and path.suffix.lower() != ending:
+        raise InputError(f"{option} {path} must end in .png")
+    check_folder(path.parent, f"give {option} a file in a folder that you may write to")
 
 
 def _write(path: Path | None, values: dict) -> None:

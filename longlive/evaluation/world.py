@@ -18,6 +18,7 @@ from ..core.pixels import to_uint8
 from ..world.judge import ATTRIBUTES, Judge, Reading, mean_scores, score_film
 from ..world.render import chunk_parameters, render
 from ..world.story import WorldStory, evaluation_story
+from .calibration import calibration
 
 CHUNKS, SHOTS = 6, 3
 Films = Iterator[tuple[int, torch.Tensor]]
@@ -35,22 +36,27 @@ class FilmReport:
 
 @dataclass(frozen=True, kw_only=True)
 class WorldReport:
-    """Judged films and their mean scores. `shuffled`: the same films against each other's storyboards, the scores of chance."""
+    """Judged films and their mean scores. `shuffled`: the same films against each other's storyboards, the scores of chance.
+
+    `calibration`: how sure the judge's network is of shape and action, and how often it is right (`evaluation.calibration`).
+    """
 
     films: tuple[FilmReport, ...]
     seed: int
     source: str
     scores: dict[str, float] = field(default_factory=dict)
     shuffled: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict:
-        """Plain values: scores, films, seed, source, shuffled, and per film what was told and what was seen."""
+        """Plain values: scores, films, seed, source, shuffled, calibration, and per film what was told and what was seen."""
         return {
             "scores": self.scores,
             "films": len(self.films),
             "seed": self.seed,
             "source": self.source,
             "shuffled": self.shuffled,
+            "calibration": self.calibration,
             "per_film": [_film_json(film) for film in self.films],
         }
 
@@ -145,7 +151,12 @@ def judge_films(
         if on_film is not None:
             on_film(reports[-1])
     return WorldReport(
-        films=tuple(reports), seed=seed, source=source, scores=mean_scores([r.scores for r in reports]), shuffled=shuffled_scores(reports)
+        films=tuple(reports),
+        seed=seed,
+        source=source,
+        scores=mean_scores([r.scores for r in reports]),
+        shuffled=shuffled_scores(reports),
+        calibration=calibration(pair for r in reports for pair in zip(r.story.shots, r.reading.shots)),
     )
 
 

@@ -27,7 +27,10 @@ CUT_TOLERANCE = 2  # frames
 
 @dataclass(frozen=True, kw_only=True)
 class CharacterReading:
-    """One character seen in a shot. `track`: (x, y) per looked-at frame, pixels at 192x320; `certainty` of shape and action, 0..1."""
+    """One character seen in a shot. `track`: (x, y) per looked-at frame, pixels at 192x320; `certainty` of shape and action, 0..1.
+
+    `rgb`: the median of the pixels that have its colour, 0..255.
+    """
 
     colour: str
     shape: str
@@ -37,6 +40,7 @@ class CharacterReading:
     track: tuple[tuple[float, float], ...]
     area: float
     certainty: tuple[float, float]
+    rgb: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,9 @@ class Judge:
         if len(head) > 2:
             camera, _ = perception.read_camera(perception.background_motion(head, cover))
         times = sample_times(len(head))
-        found = [(k, centre[times], area[times]) for k, centre, area in perception.find_characters(masks)]
+        found = [
+            (k, centre[times], area[times], perception.median_colour(head, masks[:, k])) for k, centre, area in perception.find_characters(masks)
+        ]
         return ShotReading(
             start=start,
             stop=start + len(video_THW3),
@@ -118,25 +124,25 @@ class Judge:
         )
 
     def _characters(
-        self, frames: torch.Tensor, masks: torch.Tensor, found: list[tuple[int, torch.Tensor, torch.Tensor]]
+        self, frames: torch.Tensor, masks: torch.Tensor, found: list[tuple[int, torch.Tensor, torch.Tensor, tuple[float, float, float]]]
     ) -> tuple[CharacterReading, ...]:
         if not found:
             return ()
         found = sorted(found, key=lambda item: float(item[1][:, 0].mean()))
         crops, track = look(
             frames.expand(len(found), *frames.shape),
-            torch.stack([masks[:, k] for k, _, _ in found]),
-            torch.stack([centre for _, centre, _ in found]),
-            torch.stack([area for _, _, area in found]),
+            torch.stack([masks[:, k] for k, *_ in found]),
+            torch.stack([centre for _, centre, *_ in found]),
+            torch.stack([area for _, _, area, _ in found]),
         )
         logits = {name: value.softmax(1).cpu() for name, value in self.net(crops, track).items()}
         readings = []
-        for n, (colour, centre, area) in enumerate(found):
+        for n, (colour, centre, area, rgb) in enumerate(found):
             names = {name: HEADS[name][int(value[n].argmax())] for name, value in logits.items()}
             certainty = (float(logits["shape"][n].max()), float(logits["action"][n].max()))
             places = tuple((float(x), float(y)) for x, y in centre)
             readings.append(
-                CharacterReading(colour=COLOURS[colour], track=places, area=float(area.mean()), certainty=certainty, **names)
+                CharacterReading(colour=COLOURS[colour], track=places, area=float(area.mean()), certainty=certainty, rgb=rgb, **names)
             )
         return tuple(readings)
 

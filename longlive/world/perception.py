@@ -110,6 +110,12 @@ def find_characters(masks_TKhw: torch.Tensor) -> list[tuple[int, torch.Tensor, t
     return found
 
 
+def median_colour(frames_T3hw: torch.Tensor, mask_Thw: torch.Tensor) -> tuple[float, float, float]:
+    """Median RGB, 0..255, of the pixels under a mask that is not empty: edges and markings do not sway it."""
+    red, green, blue = frames_T3hw.transpose(0, 1)[:, mask_Thw > 0].median(1).values.tolist()
+    return red, green, blue
+
+
 def character_cover(masks_TKhw: torch.Tensor) -> torch.Tensor:
     """float32 [T, h, w]: 1 on characters and 16 pixels around them, from the masks of all colours that show at least a speck."""
     solid = F.avg_pool2d(masks_TKhw.amax(1, keepdim=True), 3, 1, 1) > 0.3

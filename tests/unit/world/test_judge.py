@@ -14,6 +14,7 @@ from longlive.world.judge import WEIGHTS, CharacterReading, Judge, Reading, Shot
 from longlive.world.judge_net import JudgeNet
 from longlive.world.judge_training import save_judge, train_judge
 from longlive.world.story import evaluation_story
+from longlive.world.vocabulary import COLOURS, PALETTE
 
 
 def perfect_reading(story):
@@ -21,7 +22,12 @@ def perfect_reading(story):
     for shot, (start, stop) in zip(story.shots, story.shot_frames):
         seen = tuple(
             CharacterReading(
-                **dataclasses.asdict(role.character), action=role.action, track=((role.home_x, role.home_y),), area=900.0, certainty=(1.0, 1.0)
+                **dataclasses.asdict(role.character),
+                action=role.action,
+                track=((role.home_x, role.home_y),),
+                area=900.0,
+                certainty=(1.0, 1.0),
+                rgb=PALETTE[COLOURS.index(role.character.colour)],
             )
             for role in shot.roles
         )
