@@ -72,6 +72,7 @@ class Training(Section):
     lr_critic: float = option(2.0e-6, "learning rate of the critic", gt=0)
     lr_schedule: Literal["constant", "cosine"] = option("constant", "course of the learning rate after warm-up")
     warmup_steps: int = option(0, "steps of linear warm-up", ge=0)
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: orthogonal updates for the matrices of blocks, AdamW for the rest")
     weight_decay: float = option(0.0, "AdamW weight decay", ge=0)
     beta1: float = option(0.0, "AdamW beta1", ge=0, lt=1)
     beta2: float = option(0.999, "AdamW beta2", ge=0, lt=1)

@@ -34,6 +34,7 @@ class RunOptions:
 def loop_settings(config: Config, seed: int, save: bool) -> LoopSettings:
     t = config.training
     return LoopSettings(
+        optimizer=t.optimizer,
         lr=t.lr,
         betas=(t.beta1, t.beta2),
         weight_decay=t.weight_decay,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 
-def adamw(module: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; only matrices and kernels decay (norms, biases and modulation tables do not)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def adamw(parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the trainable ones; only matrices and kernels decay (norms, biases and modulation tables do not)."""
+    parameters = [p for p in parameters if p.requires_grad]
     decayed = [p for p in parameters if p.ndim >= 2 and p.shape[0] > 1]
     kept = {id(p) for p in decayed}
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0}]

@@ -24,6 +24,7 @@ from ..parallel.data_parallel import Replicas
 from . import checkpoint
 from .checkpoint import RunState
 from .metrics import Metrics
+from .muon import muon
 from .optim import EMA, adamw, learning_rate
 
 WEIGHTS_EVERY = 60.0
@@ -34,6 +35,7 @@ REPORT_EVERY = 5.0
 class LoopSettings:
     """How long and how fast. `max_steps`, `max_seconds` 0: no limit by that measure (one of them must be given)."""
 
+    optimizer: str
     lr: float
     betas: tuple[float, float]
     weight_decay: float
@@ -126,7 +128,8 @@ class Loop:
         self, task: Task, settings: LoopSettings, logdir: Path, *, config: dict, replicas: Replicas, auto_resume: bool = True, tracker: Callable | None = None
     ):
         self.task, self.settings, self.logdir, self.config, self.replicas = task, settings, logdir, config, replicas
-        self.optimizer = adamw(task.module, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+        rates = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+        self.optimizer = muon(task.module, **rates) if settings.optimizer == "muon" else adamw(task.module.parameters(), **rates)
         self.ema = EMA(task.module, settings.ema_decay, settings.ema_start_step)
         self.writes = replicas.rank == 0
         self.state = RunState()

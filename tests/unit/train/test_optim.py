@@ -33,7 +33,7 @@ def test_ema_equals_the_weights_until_its_start_and_follows_after():
 
 def test_only_matrices_decay():
     module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    groups = adamw(module, lr=1.0, betas=(0.9, 0.99), weight_decay=0.1).param_groups
+    groups = adamw(module.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.1).param_groups
     assert [len(g["params"]) for g in groups] == [1, 3] and [g["weight_decay"] for g in groups] == [0.1, 0.0]
 
 
