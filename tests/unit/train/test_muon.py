@@ -11,7 +11,8 @@ from longlive.train.muon import Both, Muon, muon, orthogonalised
 def _block() -> nn.Module:
     torch.manual_seed(0)
     module = nn.Module()
-    module.blocks = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 64), "c": nn.Linear(64, 32), "gate": nn.Linear(4, 32)}) for _ in range(2)])
+    sizes = {"a": (32, 32), "b": (32, 64), "c": (64, 32), "gate": (4, 32)}
+    module.blocks = nn.ModuleList([nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(2)])
     module.head = nn.Linear(32, 8)
     return module
 
