@@ -1,10 +1,11 @@
-"""The documented scripts whose engines come with later versions: their flags are read and checked, then they say what is missing.
+"""The documented scripts. Those whose engines come with later versions read and check their flags, then say what is missing.
 
 Each is a typer application of one command, run by a file in scripts/ of the same name.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -85,12 +86,40 @@ def windows(
     sp_size: Annotated[int | None, typer.Option("--sp-size", help="Instead of infra.sequence_parallel_size.")] = None,
     halo_latents: Annotated[int | None, typer.Option("--halo-latents", help="Instead of infra.vae_halo_latents.")] = None,
     latent_frames: Annotated[int | None, typer.Option("--latent-frames", help="Instead of data.image_or_video_shape[1].")] = None,
-    raw_frames: Annotated[int | None, typer.Option("--raw-frames", help="Pixel frames instead of latent frames.")] = None,
+    raw_frames: Annotated[int | None, typer.Option("--raw-frames", help="Pixel frames of the clip, where it ends early.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which frames each rank encodes in sequence-parallel training."""
-    load_config(config_path)
-    raise NotAvailable("sequence-parallel VAE encoding", "it comes with training on several GPUs; until then train with sequence_parallel_size: 1")
+    from ..core.geometry import pixel_frames
+    from ..parallel.halo import halo_windows as plan
+
+    config = load_config(config_path)
+    ranks = config.infra.sequence_parallel_size if sp_size is None else sp_size
+    halo = config.infra.vae_halo_latents if halo_latents is None else halo_latents
+    latents = config.data.image_or_video_shape[1] if latent_frames is None else latent_frames
+    table = [window.row() for window in plan(latents, ranks, halo, raw_frames)]
+    exact = _exact_halo(config.model_kwargs.model_name)
+    if as_json:
+        sizes = {"latent_frames": latents, "sp_size": ranks, "halo_latents": halo, "exact_halo_latents": exact}
+        typer.echo(json.dumps({**sizes, "raw_frames": pixel_frames(latents) if raw_frames is None else raw_frames, "rank_metas": table}, indent=2))
+        return
+    typer.echo(f"{latents} latent frames on {ranks} ranks, halo {halo} latents ({exact} is exact)")
+    typer.echo("rank  keeps latents  halo from  pixel frames   count  drops latents")
+    for w in table:
+        keeps, raw = f"[{w['keep_start']}, {w['keep_end']})", f"[{w['raw_start']}, {w['raw_end']})"
+        typer.echo(f"{w['sp_rank']:4d}  {keeps:13s}  {w['halo_start']:9d}  {raw:13s}  {w['raw_frames']:5d}  {w['drop_latents']:13d}")
+
+
+def _exact_halo(model_name: str) -> int:
+    """Latents of halo after which nothing of a window's start is left, from the layers of the model's VAE."""
+    import torch
+
+    from ..models.spec import model_spec
+    from ..models.vae_reach import exact_halo
+    from ..models.wan_vae import WanVAE
+
+    with torch.device("meta"):
+        return exact_halo(WanVAE(model_spec(model_name).vae).encoder)
 
 
 def main(application: typer.Typer) -> None:

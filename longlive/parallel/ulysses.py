@@ -26,7 +26,8 @@ class Ulysses:
     """The strategy `attend` over the ranks of `mesh` that share a sample.
 
     `layout` says in which runs each rank holds the sequence (None: one run). The strategy sees the sequence in its own order,
-    whatever the layout. Raises ConfigError where the heads cannot be shared equally.
+    whatever the layout. Raises ConfigError where the heads cannot be shared equally. Compiled blocks leave it out of their graphs, as they do any
+    strategy (`train.compiled.RotatedAhead`).
     """
 
     def __init__(self, attend: Attend, mesh: Mesh, layout: Layout | None = None):
@@ -47,7 +48,6 @@ class Ulysses:
     def _own(self, table_BN: torch.Tensor) -> torch.Tensor:
         return split_runs(table_BN, 1, self.exchange)[:, :, self.mesh.sp_rank].flatten(1, 2)
 
-    @torch.compiler.disable
     def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
         if self.mesh.sp_size == 1:
             return self.attend(q, k, v, layer)
