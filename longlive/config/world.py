@@ -17,6 +17,7 @@ class World(Section):
     refresh: int = option(0, "new stories per step", ge=0)
     split: Literal["train", "held-out"] = option("train", "combinations of attributes that are drawn")
     memory: float = option(0.0, "generator training: chance that a character seen before is named by its colour alone", ge=0, le=1)
+    wordings: int = option(1, "generator training: captions kept for every story, one of which is read each time", ge=1)
     away: float = option(0.25, "generator training: chance that a shot between the first and the last misses a character", ge=0, le=1)
 
 

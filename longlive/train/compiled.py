@@ -37,18 +37,19 @@ def _recomputed(forward):
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def compiled_pointwise() -> Callable:
+def compiled_pointwise(*, frozen: bool = False) -> Callable:
     """`wan_vae.norm_silu` as one graph per channel count, whatever the other sizes (each would otherwise compile for itself).
 
-    Without gradients (statistics, validation) it runs as written: those few calls are not worth graphs of their own.
+    A VAE that trains runs it as written where there are no gradients (statistics, validation): those few calls are not worth graphs of
+    their own. A `frozen` one, which encodes thousands of clips, is compiled there too.
     """
     torch._dynamo.config.recompile_limit = GRAPHS
     fused = torch.compile(norm_silu)
 
     def pointwise(x_BTHWC: torch.Tensor, gamma: torch.Tensor, past_BPHWC: torch.Tensor | None = None) -> torch.Tensor:
-        if not torch.is_grad_enabled():
+        if not (frozen or torch.is_grad_enabled()):
             return norm_silu(x_BTHWC, gamma, past_BPHWC)
-        for tensor in (x_BTHWC, past_BPHWC):
+        for tensor in (x_BTHWC,) if past_BPHWC is None else (x_BTHWC, past_BPHWC):
             for dim in range(4):
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
             torch._dynamo.mark_static(tensor, 4)

@@ -57,7 +57,7 @@ QUARTERS = ("loss_0", "loss_1", "loss_2", "loss_3")
 class DiffusionBatch:
     """Everything one forward needs: text, film layout, (context, sigma), noisy copies, loss area."""
 
-    slot_B: torch.Tensor
+    text_B: torch.Tensor
     dropped_B: torch.Tensor
     film: Film
     context: tuple[torch.Tensor, torch.Tensor]
@@ -95,10 +95,11 @@ class DiffusionTask:
         world, latent = self.config.world, self.config.data.image_or_video_shape
         codec: VideoCodec = codec_for_training(self.config, self.device, torch.bfloat16 if self.mixed else torch.float32)
         clips = LatentBank(world.clips, world.chunks * self.config.chunk_frames, *latent[2:], self.device)
-        prompts = PromptBank(world.clips, world.chunks, self.module, text_encoder(spec), torch.bfloat16 if self.mixed else torch.float32)
+        prompts = PromptBank(world.clips * world.wordings, world.chunks, self.module, text_encoder(spec), torch.bfloat16 if self.mixed else torch.float32)
         source = StorySource(
             seed=world.seed,
             rank=replicas.rank,
+            wordings=world.wordings,
             chunks=world.chunks,
             shots=(world.min_shots, world.max_shots),
             characters=(1, world.max_characters),
@@ -139,7 +140,8 @@ class DiffusionTask:
             copies.append(flow)
         area = None if self.settings.character_weight == 1 else 1 + (self.settings.character_weight - 1) * clips.area_BFHW
         dropped = self._chance(self.settings.text_dropout, len(clips.cuts), draw)
-        return DiffusionBatch(clips.slot_B, dropped, film, self._context(clips, noises[0], known, draw), tuple(copies), area)
+        text_B = self.bank.text_rows(clips.slot_B, draw.host)
+        return DiffusionBatch(text_B, dropped, film, self._context(clips, noises[0], known, draw), tuple(copies), area)
 
     def _chance(self, probability: float, count: int, draw: Draw) -> torch.Tensor:
         return torch.rand(count, generator=draw.generator, device=self.device) < probability
@@ -189,7 +191,7 @@ class DiffusionTask:
         return torch.where(first[..., None, None, None], clean, context), told.masked_fill(first, 0.0)
 
     def _text(self, batch: DiffusionBatch) -> TextContext:
-        return self.bank.prompts.context(batch.slot_B, batch.dropped_B)
+        return self.bank.prompts.context(batch.text_B, batch.dropped_B)
 
     def loss(self, batch: DiffusionBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         pairs = [(flow.noisy_BFCHW, flow.sigma_BF) for flow in batch.copies]

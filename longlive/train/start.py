@@ -12,7 +12,7 @@ from ..models.spec import model_spec
 from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE
 from ..models.weights import StateFile, load_into, read_state
-from .compiled import channels_last
+from .compiled import channels_last, compiled_pointwise
 from .export import STATISTICS
 
 
@@ -33,6 +33,8 @@ def codec_for_training(config: Config, device: torch.device, dtype: torch.dtype)
     path = config.checkpoints.vae_ckpt or asset(VAE_FILE)
     codec = read_codec(path, model_spec(config.model_kwargs.model_name).vae, device=device, dtype=dtype)
     codec.vae.requires_grad_(False)
+    if config.training.compile:
+        codec.vae.pointwise = compiled_pointwise(frozen=True)
     if device.type == "cuda":
         channels_last(codec.vae)
     return codec

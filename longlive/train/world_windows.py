@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.geometry import TEMPORAL_STRIDE
-from ..world.render import character_mask, frame_parameters, render
+from ..world.render import frame_parameters, render_masked
 from ..world.story import sample_story
 from .trainer import Draw
 
@@ -48,8 +48,7 @@ def render_clips(params_BTP: torch.Tensor, height: int, width: int) -> Pixels:
     """Renders whole frames of B clips on the device of their parameters."""
     batch, frames = params_BTP.shape[:2]
     flat = params_BTP.flatten(0, 1)
-    video, mask = render(flat, height, width), character_mask(flat, height, width)
-    return Pixels(*(x.unflatten(0, (batch, frames)).transpose(1, 2) for x in (video, mask)))
+    return Pixels(*(x.unflatten(0, (batch, frames)).transpose(1, 2) for x in render_masked(flat, height, width)))
 
 
 def draw_windows(params_NTP: torch.Tensor, stage: Stage, draw: Draw, height: int, width: int) -> Pixels:

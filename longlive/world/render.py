@@ -140,7 +140,8 @@ def _slices(p_NP: torch.Tensor) -> list[torch.Tensor]:
     return list(p_NP.split(BATCH_FRAMES["cuda" if p_NP.is_cuda else "cpu"]))
 
 
-def _paint(p_NP: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _paint(p_NP: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(image, cover of the characters)"""
     x, y = _pixel_grid(height, width, p_NP.device)
     image = _background(p_NP, x, y)
     body, ink = _distances(p_NP, x, y)
@@ -152,16 +153,15 @@ def _paint(p_NP: torch.Tensor, height: int, width: int) -> torch.Tensor:
     for k in range(SLOTS):
         colour = palette[p_NP[:, SCENE_COLUMNS + k * SLOT_COLUMNS + 6].long()][:, :, None, None]
         image = torch.lerp(image, dark + (colour - dark) * fill[:, k, None], whole[:, k, None])
-    return image
+    return image, whole.amax(1, keepdim=True)
 
 
 def render(params_NP: torch.Tensor, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
     """float32 [N, 3, H, W] in [-1, 1] on the device of `params_NP` (float32 [N, P])."""
-    return torch.cat([_paint(part, height, width) for part in _slices(params_NP)])
+    return torch.cat([_paint(part, height, width)[0] for part in _slices(params_NP)])
 
 
-def character_mask(params_NP: torch.Tensor, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
-    """float32 [N, 1, H, W] in [0, 1]: how much of each pixel is covered by characters, outline included."""
-    x, y = _pixel_grid(height, width, params_NP.device)
-    masks = [(0.5 - _distances(part, x, y)[0].amin(1, keepdim=True) * (height / HEIGHT)).clamp(0, 1) for part in _slices(params_NP)]
-    return torch.cat(masks)
+def render_masked(params_NP: torch.Tensor, height: int = HEIGHT, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
+    """`render`, and float32 [N, 1, H, W] in [0, 1]: how much of each pixel is covered by characters, outline included."""
+    images, masks = zip(*(_paint(part, height, width) for part in _slices(params_NP)))
+    return torch.cat(images), torch.cat(masks)

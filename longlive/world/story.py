@@ -8,7 +8,7 @@ Settings differ between neighbouring shots. Within a shot two characters differ 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.errors import InputError
 from ..core.geometry import chunk_pixel_range
@@ -182,6 +182,17 @@ def sample_story(
         told.append(ShotTruth(setting=setting, camera=camera, roles=roles, chunks=length, offset=offset, caption=text))
         seen.update(members)
     return WorldStory(shots=tuple(told), seed=seed, split=split)
+
+
+def reworded(story: WorldStory, number: int, memory: float = 0.0) -> WorldStory:
+    """The same film in other words: wording `number` from 1, each with its own recalled characters (`memory` as for `sample_story`)."""
+    draw, recall = Draw("wording", story.split, story.seed, number), Draw("wording-recall", story.split, story.seed, number)
+    shots = []
+    for shot in story.shots:
+        roles = tuple(replace(role, recalled=role.known and recall.chance(memory)) for role in shot.roles)
+        text = caption(roles, shot.setting, shot.camera, draw, held_out=story.split == "held-out", recall=recall)
+        shots.append(replace(shot, roles=roles, caption=text))
+    return replace(story, shots=tuple(shots))
 
 
 def evaluation_story(seed: int, index: int, *, chunks: int = 6, shots: tuple[int, int] = (3, 3)) -> WorldStory:

@@ -40,10 +40,11 @@ AR = {
     "model_kwargs": {"model_name": "tiny"},
     "algorithm": {"trainer": "diffusion", "teacher_forcing": True, "i2v": True},
     "data": {"image_or_video_shape": [1, 16, 48, 2, 4]},
-    "world": {"clips": 3, "chunks": 3, "max_shots": 3, "refresh": 1},
+    "world": {"clips": 3, "chunks": 3, "max_shots": 3, "refresh": 1, "wordings": 2, "memory": 0.5},
     "infra": {"gradient_checkpointing": False},
     "training": {
-        "optimizer": "muon", "lr": 1.0e-3, "beta1": 0.9, "max_iters": 4, "log_iters": 2, "batch_size": 2, "noisy_copies": 2, "ema_weight": 0.9, "ema_start_step": 0,
+        "optimizer": "muon",
+        "lr": 1.0e-3, "beta1": 0.9, "max_iters": 4, "log_iters": 2, "batch_size": 2, "noisy_copies": 2, "ema_weight": 0.9, "ema_start_step": 0,
         "visibility": "window", "shot_offset": True, "position_gap": 512, "position_gap_prob": 0.5, "text_dropout": 0.3, "context_noise": 0.15,
         "context_noise_prob": 0.7, "character_weight": 3.0, "i2v_prob": 0.5, "lr_schedule": "cosine",
     },

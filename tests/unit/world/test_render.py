@@ -2,7 +2,7 @@
 
 import torch
 
-from longlive.world.render import character_mask, frame_parameters, render
+from longlive.world.render import frame_parameters, render, render_masked
 from longlive.world.story import evaluation_story, sample_story
 from longlive.world.vocabulary import COLOURS, PALETTE
 
@@ -20,7 +20,9 @@ def test_characters_have_their_colour_where_the_mask_is():
     for index in range(6):
         story = evaluation_story(1, index)
         rows = frame_parameters(story, range(10, 11))
-        image, mask = ((render(rows)[0] + 1) * 127.5), character_mask(rows)[0, 0]
+        image, mask = (part[0] for part in render_masked(rows))
+        assert torch.equal(image, render(rows)[0])
+        image, mask = (image + 1) * 127.5, mask[0]
         for role in story.shots[0].roles:
             wanted = torch.tensor(PALETTE[COLOURS.index(role.character.colour)])[:, None, None]
             hits = (image - wanted).abs().amax(0) < 12

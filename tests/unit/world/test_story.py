@@ -11,7 +11,7 @@ from longlive.core.errors import InputError
 from longlive.core.geometry import chunk_pixel_range
 from longlive.core.story import plan
 from longlive.world.captions import COLOUR_WORDS, HELD_OUT_FRAMES, MARKING_WORDS, RECALLED_WORDS, SHAPE_WORDS, SIZE_WORDS, TRAIN_FRAMES
-from longlive.world.story import evaluation_story, memory_story, sample_story
+from longlive.world.story import evaluation_story, memory_story, reworded, sample_story
 from longlive.world.vocabulary import ACTIONS, CAMERAS, COLOURS, SETTINGS, SHAPES, held_out
 
 
@@ -88,7 +88,7 @@ def test_storyboard_plans_to_the_same_cuts():
 
 def _untold(story):
     """The story without its captions' words."""
-    return [dataclasses.replace(s, caption="", roles=tuple(dataclasses.replace(r, recalled=False) for r in s.roles)) for s in story.shots]
+    return [dataclasses.replace(s, caption="", roles=tuple(dataclasses.dataclasses.replace(r, recalled=False) for r in s.roles)) for s in story.shots]
 
 
 def test_memory_changes_names_in_captions_and_nothing_else():
@@ -138,3 +138,16 @@ def test_away_is_the_chance_to_miss_one():
 def test_impossible_stories_are_refused(bad):
     with pytest.raises(InputError):
         sample_story(0, **bad)
+
+
+def test_other_wordings_tell_the_same_film():
+    story = sample_story(11, chunks=6, shots=(3, 3), characters=(2, 2), memory=0.5)
+    others = [reworded(story, n, 0.5) for n in range(1, 5)]
+    assert others == [reworded(story, n, 0.5) for n in range(1, 5)]
+    assert len({shot.caption for other in [story, *others] for shot in other.shots}) > 8
+    for other in others:
+        for a, b in zip(story.shots, other.shots):
+            assert (a.setting, a.camera, a.chunks, a.offset) == (b.setting, b.camera, b.chunks, b.offset)
+            assert [dataclasses.replace(r, recalled=False) for r in a.roles] == [dataclasses.replace(r, recalled=False) for r in b.roles]
+            assert all(r.known for r in b.roles if r.recalled)
+    assert any(r.recalled for other in others for shot in other.shots for r in shot.roles)
