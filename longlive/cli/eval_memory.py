@@ -32,7 +32,7 @@ def memory(
     from ..evaluation.world import generated_chunks, truth_chunks
     from ..world.judge import Judge
 
-    _check(json)
+    _check("--json", json)
     config = default_config(model, split_overrides(ctx.args))
     stories = evaluation.memory_stories(films, seed, chunks, shots)
     configs = {"truth": config} if truth else evaluation.both_ways(config, chunks)
