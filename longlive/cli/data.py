@@ -32,7 +32,6 @@ def check(
     Without --config or key=value words a folder is long enough when it fills one chunk. Exit code 2 when nothing can be used.
     """
     import json as text
-    import logging
     from dataclasses import replace
 
     from ..config import default_config, load_config
@@ -42,7 +41,6 @@ def check(
     from ..data.open import sample_size, sampling_rules
     from .bar import Bar
 
-    logging.getLogger("longlive").setLevel(logging.ERROR)  # the table says it all
     overrides = split_overrides(ctx.args)
     given = config is not None or bool(overrides)
     settings = load_config(config, overrides) if config is not None else default_config("tiny", overrides)

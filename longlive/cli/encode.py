@@ -35,7 +35,8 @@ def encode(
     """
     from ..config import default_config, load_config
     from ..core.log import launch_rank
-    from ..data.open import open_manifest, sample_size, sampling_rules
+    from ..data.manifest import index_dataset
+    from ..data.open import sample_size, sampling_rules
     from ..data.shard_writer import encode_streams, write_index, written
     from ..data.sources import VideoSource
     from ..engine.naming import check_folder
@@ -45,7 +46,7 @@ def encode(
     overrides = split_overrides(ctx.args)
     settings = load_config(config, overrides) if config is not None else default_config("tiny", overrides)
     check_folder(out, "give a folder that you may write to")
-    manifest = open_manifest(settings, root)
+    manifest = index_dataset(root, settings.data.manifest_path)
     rules = sampling_rules(settings, deterministic=validation)
     seed = settings.logging.seed if seed is None else seed
     source = VideoSource(manifest, rules, sample_size(settings), seed=seed, max_broken=settings.data.max_broken_clips)

@@ -40,11 +40,15 @@ def sample_size(config: "Config") -> Geometry:
 
 
 def open_manifest(config: "Config", root: str | Path | None = None) -> Manifest:
-    """The manifest of `root` (default `data.data_path`). With several ranks, let one make it before the others open it."""
-    root = root if root is not None else config.data.data_path
-    if root is None:
+    """The manifest of `data.data_path`, kept where `data.manifest_path` says, or of another `root`, kept beside it.
+
+    With several ranks, let one call this before the others do: it opens the files, they read the cache. Raises InputError.
+    """
+    if root is not None:
+        return index_dataset(root)
+    if config.data.data_path is None:
         raise InputError("data.data_path is not set; give a folder with video/ and caption/, or the shards of `longlive encode`")
-    return index_dataset(root, config.data.manifest_path if root == config.data.data_path else None)
+    return index_dataset(config.data.data_path, config.data.manifest_path)
 
 
 def open_source(config: "Config", seed: int, *, root: str | Path | None = None, deterministic: bool = False, codec: str | None = None) -> Source:

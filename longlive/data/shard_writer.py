@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..core.errors import InputError
 from ..models.codec import VideoCodec
 from .encoding import encode_frames
-from .shards import INDEX, ShardIndex, prompt_key, stored_exactly
+from .shards import FORMAT, INDEX, ShardIndex, prompt_key, stored_exactly
 from .sources import Planner, Stream, UnreadableClip, VideoSource, few
 
 PROMPTS_OF_A_FILE = 512
@@ -130,7 +130,7 @@ def _write_file(path: Path, streams: Sequence[Stream], job: ShardJob, name: str,
             tensors[stream.key] = encode_frames(codec, frames[None])[0].to("cpu", job.dtype)
         else:
             broken[stream.key] = frames
-    write_tensors(path, tensors, {"job": name, "streams": json.dumps([s.key for s in streams]), "broken": json.dumps(broken)})
+    write_tensors(path, tensors, {"job": name, "streams": [s.key for s in streams], "broken": broken})
 
 
 def _unchanged(item):
@@ -140,9 +140,9 @@ def _unchanged(item):
 def _found(path: Path, name: str, streams: Sequence[Stream]) -> dict[str, tuple[str, str]]:
     """The broken streams of a file that is there. Raises InputError where it belongs to another job."""
     metadata = read_metadata(path)
-    if metadata.get("job") != name or json.loads(metadata["streams"]) != [s.key for s in streams]:
+    if metadata.get("job") != name or metadata["streams"] != [s.key for s in streams]:
         raise InputError(f"{path} belongs to another job (other data, settings or VAE); give an empty folder, or remove what is there with --overwrite")
-    return {key: (file, reason) for key, (file, reason) in json.loads(metadata["broken"]).items()}
+    return {key: (file, reason) for key, (file, reason) in metadata["broken"].items()}
 
 
 def _check_broken(source: VideoSource, broken: Mapping[str, tuple[str, str]]) -> None:
@@ -180,14 +180,14 @@ def encode_texts(out: Path, prompts: Sequence[str], encode: Callable[[list[str]]
 # ---------------------------------------------------------------- files
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file that appears whole or not at all. Raises InputError when the disk refuses."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """A safetensors file that appears whole or not at all; equal content gives equal bytes. Raises InputError when the disk refuses."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, str(partial), dict(metadata))
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, str(partial), {FORMAT: json.dumps(metadata)})
         partial.chmod(0o644)  # the library makes files that only their owner may read
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
@@ -196,14 +196,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         partial.unlink(missing_ok=True)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """What a safetensors file says about itself. Raises InputError where it is no such file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+            return json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); remove it and run again") from None
 
 

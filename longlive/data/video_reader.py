@@ -66,8 +66,10 @@ def count_frames(path: str | Path) -> int:
 
 
 def _read(path: str | Path, numbers: Sequence[int], height: int, width: int, *, seek: bool) -> Tensor:
+    from av.video.reformatter import VideoReformatter
+
     frames_THW3 = torch.empty(len(numbers), height, width, 3, dtype=torch.uint8)
-    filled, last = 0, -1
+    filled, last, scaler = 0, -1, VideoReformatter()
     with open_video(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.options = STRICT
@@ -76,9 +78,10 @@ def _read(path: str | Path, numbers: Sequence[int], height: int, width: int, *, 
                 continue
             if frame.is_corrupt:
                 raise InputError(f"video {path} is damaged at frame {last}; give a file that plays to its end")
-            picture = torch.from_numpy(frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray())
+            picture = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").planes[0]
+            rows = torch.frombuffer(picture, dtype=torch.uint8).view(height, picture.line_size)[:, : 3 * width]  # rows may be padded
             while numbers[filled] == last:
-                frames_THW3[filled] = picture
+                frames_THW3[filled].view(height, 3 * width).copy_(rows)
                 filled += 1
                 if filled == len(numbers):
                     return frames_THW3
