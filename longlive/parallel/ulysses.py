@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..core.errors import InputError
 from .mesh import Mesh, check_heads
 from .shard import Layout
 
@@ -26,11 +27,13 @@ class Ulysses:
     """The strategy `attend` over the ranks of `mesh` that share a sample.
 
     `layout` says in which runs each rank holds the sequence (None: one run). The strategy sees the sequence in its own order,
-    whatever the layout. Raises ConfigError where the heads cannot be shared equally. Compiled blocks leave it out of their graphs, as they do any
-    strategy (`train.compiled.RotatedAhead`).
+    whatever the layout. Raises InputError for a layout of another number of ranks, and when called ConfigError for heads that cannot be shared equally.
+    Compiled blocks leave it out of their graphs, as they do any strategy (`train.compiled.RotatedAhead`).
     """
 
     def __init__(self, attend: Attend, mesh: Mesh, layout: Layout | None = None):
+        if layout is not None and layout.ranks != mesh.sp_size:
+            raise InputError(f"the layout is for {layout.ranks} ranks, the mesh has {mesh.sp_size} that share a sample; make the layout from the mesh")
         self.attend, self.mesh = attend, mesh
         self.exchange = Exchange(mesh.sp_group, mesh.sp_size, 1 if layout is None else layout.runs)
 

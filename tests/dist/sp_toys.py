@@ -8,7 +8,7 @@ from longlive.cache.attend import visible_tensor
 from longlive.cache.policy import WindowPolicy
 from longlive.models.spec import DiTDims
 from longlive.models.wan_dit import WanDiT
-from longlive.train.objective import FlowTarget
+from longlive.train.objective import FlowTarget, know_first_frames
 from longlive.train.teacher_forcing import Film, frame_positions
 
 DIMS = DiTDims(dim=48, ffn=64, layers=2, heads=4, text_dim=8, text_len=12, freq_dim=32, channels=4)
@@ -27,6 +27,7 @@ class Case:
     relative: bool = False
     recache: bool = False
     masked: bool = False
+    known: bool = False
     area: bool = False
     one_prompt: bool = False
     chunks: int = CHUNKS
@@ -37,6 +38,7 @@ class Case:
 CASES = {
     "plain": Case(),
     "masked": Case(masked=True),
+    "image to video": Case(copies=2, masked=True, known=True),
     "windows, cuts, three copies": Case(copies=3, window=True, masked=True),
     "relative windows": Case(window=True, relative=True),
     "recache": Case(window=True, recache=True),
@@ -45,7 +47,7 @@ CASES = {
     "one prompt for all": Case(one_prompt=True),
     "contiguous": Case(kind="contiguous"),
     "contiguous, three copies, masked": Case(copies=3, masked=True, window=True, kind="contiguous"),
-    "rotated ahead, recomputed": Case(copies=2, ahead=True),
+    "rotated ahead, recomputed, compiled": Case(copies=2, ahead=True),
 }
 FRAMES = 8
 
@@ -91,8 +93,8 @@ def batch_of(case: Case, samples: list[int]) -> Batch:
         mask = torch.ones_like(weight)
         if case.masked:
             mask = (torch.arange(FRAMES)[None] < torch.tensor([VALID[s] for s in samples])[:, None]).double()
-            mask[:, 0] = copy == 0
-        flows.append(FlowTarget(noisy, target, sigma, weight, mask))
+        flow = FlowTarget(noisy, target, sigma, weight, mask)
+        flows.append(know_first_frames(flow, joined[0], torch.tensor([s % 3 for s in samples])) if case.known else flow)
     return Batch(embeds, film, (joined[0], joined[1]), flows, joined[6] if case.area else None)
 
 

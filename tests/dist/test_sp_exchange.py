@@ -8,6 +8,7 @@ from sp_toys import DIMS, HEIGHT, WIDTH, toy_dit
 from longlive.cache.attend import Cached, Full
 from longlive.cache.pages import Pages
 from longlive.cache.policy import WindowPolicy, history
+from longlive.core.errors import ConfigError, InputError
 from longlive.core.geometry import pixel_frames
 from longlive.core.tokens import Tokens
 from longlive.models.codec import VideoCodec
@@ -92,6 +93,15 @@ def encode_twice(mesh):
     return asked, whole, halo_encode(codec(), pixels, window, mesh)
 
 
+def three_heads(mesh):
+    """D24: what an attention of 3 heads says on 2 or 4 ranks."""
+    k = torch.zeros(1, 4, 3, 2)
+    try:
+        Ulysses(lambda q, k, v, layer: q, mesh)(k, k, k, 0)
+    except ConfigError as error:
+        return str(error)
+
+
 def everything():
     found = {}
     for sp_size in (1, 2, 4):
@@ -102,6 +112,7 @@ def everything():
             "relative": rollout(mesh, True),
             "bf16": round_trip(mesh, torch.bfloat16) if sp_size > 1 else 0.0,
             "encoded": encode_twice(mesh),
+            "three heads": three_heads(mesh),
         }
     return found
 
@@ -124,6 +135,16 @@ def test_a_rollout_over_ranks_equals_one_rank(found, mode, sp_size):
 
 def test_an_exchange_and_its_inverse_change_no_bit(found):
     assert all(rank[sp_size]["bf16"] == 0 for rank in found for sp_size in (2, 4))
+
+
+def test_heads_that_do_not_divide_are_refused_on_every_rank(found):
+    assert all(rank[4]["three heads"].startswith("attention heads(3) % sequence parallel size(4) = 3, not 0") for rank in found)
+    assert all(rank[1]["three heads"] is None for rank in found)
+
+
+def test_a_layout_for_other_ranks_is_refused():
+    with pytest.raises(InputError, match="for 2 ranks, the mesh has 1"):
+        Ulysses(None, Mesh(), Layout(film=4, ranks=2))
 
 
 @pytest.mark.parametrize("sp_size", [1, 2, 4])
