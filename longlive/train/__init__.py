@@ -18,6 +18,7 @@ from ..config.show import config_table, config_yaml
 from ..core.errors import InputError, NotAvailable
 from ..core.log import launch_rank, logger, warn_once
 from ..parallel.data_parallel import Replicas
+from ..parallel.mesh import Mesh
 from .trainer import Loop, LoopSettings
 
 
@@ -73,15 +74,22 @@ def _run_task(task_class: Callable) -> Callable[[Config, Path, RunOptions], dict
         if replicas.rank:
             logger.setLevel(logging.WARNING)
         device = training_device(config.inference.device, replicas.local_rank)
+        mesh = Mesh.launch(config.infra.sequence_parallel_size, device_type)
         seed = config.logging.seed or int(replicas.maximum(secrets.randbelow(2**31) + 1)[0])
         config = config.with_overrides([f"logging.seed={seed}"])
-        task = task_class()(config, device, replicas)
+        task = task_class()(config, device, mesh)
         count = sum(p.numel() for p in task.module.parameters())
         logger.info("trainer %s: %.2f M parameters on %s, %d process(es), seed %d", task.name, count / 1e6, device, replicas.size, seed)
         loop = Loop(
-            task, loop_settings(config, seed, options.save), logdir,
-            config=config_table(config), replicas=replicas, auto_resume=options.auto_resume, tracker=_tracker(config, logdir, options, replicas),
-        )  # fmt: skip
+            task,
+            loop_settings(config, seed, options.save),
+            logdir,
+            config=config_table(config),
+            replicas=replicas,
+            stream=mesh.dp_rank,
+            auto_resume=options.auto_resume,
+            tracker=_tracker(config, logdir, options, replicas),
+        )
         try:
             return loop.fit()
         finally:

@@ -29,7 +29,7 @@ from ..models.codec import VideoCodec
 from ..models.spec import ModelSpec, model_spec
 from ..models.text import text_encoder
 from ..models.wan_dit import TextContext, WanDiT
-from ..parallel.data_parallel import Replicas
+from ..parallel.mesh import Mesh
 from .compiled import RotatedAhead, checkpoint_blocks, compile_blocks
 from .export import save_generator
 from .objective import (
@@ -70,7 +70,7 @@ class DiffusionTask:
 
     name = "diffusion"
 
-    def __init__(self, config: Config, device: torch.device, replicas: Replicas):
+    def __init__(self, config: Config, device: torch.device, mesh: Mesh):
         spec = model_spec(config.model_kwargs.model_name)
         if spec.text_kind != "hashed-words":
             raise NotAvailable(f"training {spec.name} on video folders", "train the small model (configs/tiny/train_ar.yaml)")
@@ -85,20 +85,20 @@ class DiffusionTask:
         if config.checkpoints.generator_ckpt is not None:
             load_generator(self.module, config.checkpoints.generator_ckpt, use_ema=config.inference.use_ema)
         self.module.to(device)
-        self.bank = self._bank(spec, replicas)
+        self.bank = self._bank(spec, mesh)
         if config.infra.gradient_checkpointing:
             checkpoint_blocks(self.module.blocks)
         if self.settings.compile:
             compile_blocks(self.module.blocks)
 
-    def _bank(self, spec: ModelSpec, replicas: Replicas) -> WorldBank:
+    def _bank(self, spec: ModelSpec, mesh: Mesh) -> WorldBank:
         world, latent = self.config.world, self.config.data.image_or_video_shape
         codec: VideoCodec = codec_for_training(self.config, self.device, torch.bfloat16 if self.mixed else torch.float32)
         clips = LatentBank(world.clips, world.chunks * self.config.chunk_frames, *latent[2:], self.device)
         prompts = PromptBank(world.clips * world.wordings, world.chunks, self.module, text_encoder(spec), torch.bfloat16 if self.mixed else torch.float32)
         source = StorySource(
             seed=world.seed,
-            rank=replicas.rank,
+            rank=mesh.dp_rank,
             wordings=world.wordings,
             chunks=world.chunks,
             shots=(world.min_shots, world.max_shots),

@@ -1,7 +1,7 @@
 """The training loop: a clock, a step, a row of metrics, weights written now and then. It knows neither models nor data.
 
-A `Task` brings a module, batches and a loss. Every random draw of step k comes from a generator seeded by (seed, rank, k), so that the data
-position of a run *is* its step number and a resumed run draws what the stopped one would have drawn.
+A `Task` brings a module, batches and a loss. Every random draw of step k comes from a generator seeded by (seed, stream, k), so that a resumed run
+draws what the stopped one would have drawn. Ranks that share a sample are one stream: they draw the same.
 The clock of `training.max_seconds` starts after `Task.warm_up`: compiling and filling caches is not training.
 """
 
@@ -61,12 +61,13 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Draw:
-    """Randomness and place of one micro-step: `generator` on the task's device, `host` on the CPU, `progress` 0..1, `step` from 0."""
+    """Randomness and place of one micro-step: `generator` on the task's device, `host` on the CPU, `progress` 0..1, `step` and `micro` from 0."""
 
     generator: torch.Generator
     host: torch.Generator
     progress: float
     step: int = 0
+    micro: int = 0
 
 
 class Task(Protocol):
@@ -125,9 +126,18 @@ class Loop:
     """One run of one task in `logdir`. `fit` trains to the limit, or raises Interrupted after saving."""
 
     def __init__(
-        self, task: Task, settings: LoopSettings, logdir: Path, *, config: dict, replicas: Replicas, auto_resume: bool = True, tracker: Callable | None = None
+        self,
+        task: Task,
+        settings: LoopSettings,
+        logdir: Path,
+        *,
+        config: dict,
+        replicas: Replicas,
+        stream: int,
+        auto_resume: bool = True,
+        tracker: Callable | None = None,
     ):
-        self.task, self.settings, self.logdir, self.config, self.replicas = task, settings, logdir, config, replicas
+        self.task, self.settings, self.logdir, self.config, self.replicas, self.stream = task, settings, logdir, config, replicas, stream
         rates = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
         self.optimizer = muon(task.module, **rates) if settings.optimizer == "muon" else adamw(task.module.parameters(), **rates)
         self.ema = EMA(task.module, settings.ema_decay, settings.ema_start_step)
@@ -177,10 +187,10 @@ class Loop:
         self.replicas.maximum(0.0)
 
     def _draw(self, micro: int) -> Draw:
-        parts = (self.settings.seed, self.replicas.rank, self.state.step, micro)
+        parts = (self.settings.seed, self.stream, self.state.step, micro)
         generator = torch.Generator(self.task.device).manual_seed(seed_of(*parts, 0))
         host = torch.Generator().manual_seed(seed_of(*parts, 1))
-        return Draw(generator, host, self.settings.progress(self.state), self.state.step)
+        return Draw(generator, host, self.settings.progress(self.state), self.state.step, micro)
 
     def _step(self) -> None:
         began, settings = time.perf_counter(), self.settings

@@ -20,7 +20,7 @@ from ..core.geometry import Geometry
 from ..core.log import logger
 from ..models.spec import VAEDims
 from ..models.wan_vae import WanVAE, norm_silu
-from ..parallel.data_parallel import Replicas
+from ..parallel.mesh import Mesh
 from .compiled import channels_last, compiled_pointwise
 from .export import save_vae
 from .start import load_vae
@@ -50,7 +50,7 @@ class VAETask:
 
     name = "vae"
 
-    def __init__(self, config: Config, device: torch.device, replicas: Replicas):
+    def __init__(self, config: Config, device: torch.device, mesh: Mesh):
         settings, world = config.vae, config.world
         latent = config.data.image_or_video_shape
         self.geometry = Geometry.of_latent(latent[3], latent[4])
@@ -68,7 +68,7 @@ class VAETask:
             Stage(height=self.geometry.height, width=self.geometry.width, frames=17, batch=config.training.batch_size, fraction=1.0, character_crops=0.0)
         ]
         self.stories = {"chunks": world.chunks, "shots": (world.min_shots, world.max_shots), "characters": (1, world.max_characters)}
-        first = seed_of(world.seed, replicas.rank) % (1 << 40)
+        first = seed_of(world.seed, mesh.dp_rank) % (1 << 40)
         self.params_NTP = story_parameters(range(first, first + world.clips), split=world.split, **self.stories).to(device)
 
     def _stage(self, progress: float) -> int:
