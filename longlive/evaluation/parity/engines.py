@@ -18,6 +18,7 @@ ENGINES = {
     "dit_bidirectional": "dit",
     "dit_cached_rollout": "dit",
     "dit_teacher_forcing": "dit",
+    "error_buffer": "error_buffer",
     "halo": "halo",
     "keys": "keys",
     "prompts": "prompts",
@@ -29,7 +30,6 @@ ENGINES = {
 LATER = {
     "dit_cached_rollout_kvquant": "the quantised cache is not available yet",
     "dmd": "distillation is not available yet",
-    "error_buffer": "error recycling is not available yet",
     "lora_merge": "LoRA is not available yet",
     "nvfp4": "NVFP4 is not available yet",
 }
