@@ -211,6 +211,26 @@ def padding_biases(count: int) -> tuple[float, float]:
     return first.item(), math.log(rest) if rest > 0 else -math.inf
 
 
+def text_rows(embeds: list[torch.Tensor], dims: DiTDims, dtype: torch.dtype, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """raw_RMt in `dtype` and bias_RM float32 of prompts given as vectors [n_i, text_dim], on the device of the first of them.
+
+    The published model pads every prompt to `text_len` zero vectors and attends to all of them. Those keys are equal, so one key
+    with a bias of log(count) is exactly as good (spec inference §11.A.4). `width`: M, at least two more than the longest prompt; None: as few as there may be.
+    """
+    longest = max(len(e) for e in embeds)
+    if longest > dims.text_len:
+        raise InputError(f"a prompt of {longest} tokens is longer than text_len({dims.text_len}); shorten it or cut it off")
+    width = width or min(-(-(longest + 2) // TEXT_BUCKET) * TEXT_BUCKET, max(dims.text_len, longest + 2))
+    raw = torch.zeros(len(embeds), width, dims.text_dim, dtype=dtype, device=embeds[0].device)
+    bias = torch.full((len(embeds), width), -math.inf)
+    for row, vectors in enumerate(embeds):
+        n = len(vectors)
+        raw[row, :n] = vectors.to(raw)
+        bias[row, :n] = 0.0
+        bias[row, n : n + 2] = torch.tensor(padding_biases(dims.text_len - n))
+    return raw, bias.to(raw.device)
+
+
 class WanDiT(nn.Module):
     """The Wan2.2 DiT of the given sizes; parameters are named as published (spec inference §1.2)."""
 
@@ -278,24 +298,14 @@ class WanDiT(nn.Module):
         return self.time_embedding(waves.to(self.patch_embedding.weight.dtype))
 
     def text(self, embeds: list[torch.Tensor]) -> TextContext:
-        """TextContext with one row per prompt from the encoder's vectors [n_i, text_dim], real tokens only (0 <= n_i <= text_len).
+        """TextContext with one row per prompt from the encoder's vectors [n_i, text_dim], real tokens only (0 <= n_i <= text_len)."""
+        weight = self.patch_embedding.weight
+        raw_RMt, bias_RM = text_rows(embeds, self.dims, weight.dtype)
+        return self.text_context(raw_RMt.to(weight.device), bias_RM.to(weight.device))
 
-        The published model pads every prompt to `text_len` zero vectors and attends to all of them. Those keys are equal, so one key
-        with a bias of log(count) is exactly as good (spec inference §11.A.4).
-        """
-        dims, weight = self.dims, self.patch_embedding.weight
-        longest = max(len(e) for e in embeds)
-        if longest > dims.text_len:
-            raise InputError(f"a prompt of {longest} tokens is longer than text_len({dims.text_len}); shorten it or cut it off")
-        width = min(-(-(longest + 2) // TEXT_BUCKET) * TEXT_BUCKET, max(dims.text_len, longest + 2))
-        raw = torch.zeros(len(embeds), width, dims.text_dim, dtype=weight.dtype, device=weight.device)
-        bias = torch.full((len(embeds), width), -math.inf)
-        for row, vectors in enumerate(embeds):
-            n = len(vectors)
-            raw[row, :n] = vectors.to(raw)
-            bias[row, :n] = 0.0
-            bias[row, n : n + 2] = torch.tensor(padding_biases(dims.text_len - n))
-        return TextContext(raw, self.text_embedding(raw), bias.to(weight.device), self.text_stamp())
+    def text_context(self, raw_RMt: torch.Tensor, bias_RM: torch.Tensor) -> TextContext:
+        """TextContext from rows that `text_rows` laid out, on the weights' device."""
+        return TextContext(raw_RMt, self.text_embedding(raw_RMt), bias_RM, self.text_stamp())
 
     def text_stamp(self) -> int:
         """A number that changes whenever a weight behind the text's keys and values is written in place."""
