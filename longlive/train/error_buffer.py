@@ -84,6 +84,11 @@ class ErrorBuffer:
         """Entries in all buckets, on all ranks."""
         return sum(self.counts.values())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self._pool.device
+
     def key(self, index: int, position: int = 0) -> tuple[int, int]:
         """The bucket of a table index; positions beyond the last one count as the last."""
         last = max(1, self.sizes.positions) - 1
