@@ -29,6 +29,6 @@ def _generate(c: Config):
 
 def _train(c: Config):
     yield c.algorithm.trainer == "score_distillation", "distillation (algorithm.trainer: score_distillation)", "train with trainer: diffusion"
-    ranks = c.infra.sequence_parallel_size
-    yield ranks > 1, f"sequence-parallel training (infra.sequence_parallel_size: {ranks})", "set it to 1"
+    ranks, kind = c.infra.sequence_parallel_size, c.algorithm.trainer
+    yield ranks > 1 and kind != "diffusion", f"sequence parallelism (infra.sequence_parallel_size: {ranks}) of trainer {kind}", "set it to 1"
     yield c.training.error_recycling.enabled, "error recycling (training.error_recycling)", "set training.error_recycling.enabled: false"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from ..config.root import Config
+from ..engine.parts import generator_path, model_config
 from ..models.codec import VideoCodec
-from ..models.light_vae import read_codec
+from ..models.light_vae import read_codec, vae_place
 from ..models.shipped import VAE_FILE, asset
-from ..models.spec import model_spec
+from ..models.sizes import dit_dims, shapes_of
+from ..models.spec import ModelSpec, model_spec
 from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE
-from ..models.weights import StateFile, load_into, read_state
+from ..models.weights import StateFile, build_on_meta, load_into, native_state, read_state
 from .compiled import channels_last, compiled_pointwise
 from .export import STATISTICS
 
@@ -23,15 +27,32 @@ def load_vae(vae: WanVAE, path: str) -> None:
     load_into(vae, StateFile(tensors, state.metadata, state.path), kind="vae")
 
 
-def load_generator(dit: WanDiT, path: str, *, use_ema: bool) -> None:
-    """Loads any generator checkpoint into a network of the same sizes."""
-    load_into(dit, path, kind="generator", use_ema=use_ema)
+def starting_generator(config: Config, spec: ModelSpec, device: torch.device) -> WanDiT:
+    """The network to train, float32 on `device`: `checkpoints.generator_ckpt`, else the base model, else (the small model) fresh weights.
+
+    Sizes come from the file, as in generation. Raises CheckpointError that names the file that is missing or does not fit.
+    """
+    path = config.checkpoints.generator_ckpt
+    if path is None and not spec.folder:
+        torch.manual_seed(config.logging.seed)
+        return WanDiT(spec.dit).to(device)
+    place = generator_path(config, spec)
+    state = native_state(read_state(place, use_ema=config.inference.use_ema, kind="generator"), "generator")
+    dims = dit_dims(shapes_of(state.tensors), spec.dit, model_config(place, spec)) if spec.folder else spec.dit
+    dit = build_on_meta(lambda: WanDiT(dims)).to_empty(device=device)  # memory of its own: a mapped file cannot be trained
+    load_into(dit, state, kind="generator")
+    return dit
+
+
+def training_vae(config: Config, spec: ModelSpec) -> Path:
+    """Where the VAE that clips are encoded with is, or should be: `checkpoints.vae_ckpt`, or the model's own."""
+    return Path(config.checkpoints.vae_ckpt or (vae_place() if spec.folder else asset(VAE_FILE)))
 
 
 def codec_for_training(config: Config, device: torch.device, dtype: torch.dtype) -> VideoCodec:
-    """The frozen VAE that clips are encoded with: `checkpoints.vae_ckpt`, or the one that ships with the model."""
-    path = config.checkpoints.vae_ckpt or asset(VAE_FILE)
-    codec = read_codec(path, model_spec(config.model_kwargs.model_name).vae, device=device, dtype=dtype)
+    """The frozen VAE of `training_vae`."""
+    spec = model_spec(config.model_kwargs.model_name)
+    codec = read_codec(training_vae(config, spec), spec.vae, device=device, dtype=dtype)
     codec.vae.requires_grad_(False)
     if config.training.compile:
         codec.vae.pointwise = compiled_pointwise(frozen=True)

@@ -8,8 +8,6 @@ Legend: T pixel frames, F latent frames, c chunks, N slots, M text keys, t text 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -17,10 +15,9 @@ from ..core.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, Geometry
 from ..core.story import SCENE_CUT_PREFIX, plan
 from ..data.latents import LatentBank, LatentClip
 from ..models.codec import VideoCodec
-from ..models.text import TextEncoder
-from ..models.wan_dit import TextContext, WanDiT
 from ..world.render import frame_parameters, render_masked
 from ..world.story import WorldStory, reworded, sample_story
+from .clips import PaddedText, Words
 from .trainer import seed_of
 
 
@@ -45,32 +42,19 @@ def story_prompts(story: WorldStory, prefix: str) -> tuple[str, ...]:
 
 
 class PromptBank:
-    """Texts, one per chunk and row, padded once to a width that never changes: raw_NcMt and bias_NcM, as `WanDiT.text` lays them out."""
+    """The texts of all rows of a bank, one per chunk, on the device: raw_NcMt and bias_NcM, as `PaddedText` lays them out."""
 
-    def __init__(self, rows: int, chunks: int, dit: WanDiT, encoder: TextEncoder, dtype: torch.dtype):
-        self.dit, self.encoder, device = dit, encoder, dit.patch_embedding.weight.device
-        self.width = math.ceil((dit.dims.text_len + 2) / 8) * 8
-        self.raw = torch.zeros(rows, chunks, self.width, dit.dims.text_dim, dtype=dtype, device=device)
-        self.bias = torch.zeros(rows, chunks, self.width, device=device)
-        self.empty_M = self._rows([""])[1][0]
-
-    @torch.no_grad()
-    def _rows(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """raw [R, M, t] and bias [R, M]; a longest possible row is added and dropped again, so that the layout is always the same."""
-        longest = torch.zeros(self.dit.dims.text_len, self.dit.dims.text_dim)
-        context = self.dit.text([*self.encoder.encode(prompts), longest])
-        more = self.width - context.bias_RM.shape[1]
-        return F.pad(context.raw_RMt, (0, 0, 0, more))[:-1], F.pad(context.bias_RM, (0, more), value=-math.inf)[:-1]
+    def __init__(self, rows: int, chunks: int, text: PaddedText):
+        self.text = text
+        self.raw = torch.zeros(rows, chunks, text.width, text.dims.text_dim, dtype=text.dtype, device=text.device)
+        self.bias = torch.zeros(rows, chunks, text.width, device=text.device)
 
     def put(self, row: int, prompts: tuple[str, ...]) -> None:
-        raw, bias = self._rows(list(prompts))
-        self.raw[row], self.bias[row] = raw.to(self.raw.dtype), bias
+        self.raw[row], self.bias[row] = self.text.rows(prompts)
 
-    def context(self, row_B: torch.Tensor, dropped_B: torch.Tensor) -> TextContext:
-        """The texts of sample after sample, chunk by chunk; samples in `dropped_B` read the empty prompt. Made with gradients."""
-        raw = self.raw[row_B].masked_fill(dropped_B[:, None, None, None], 0).flatten(0, 1).to(self.dit.patch_embedding.weight.dtype)
-        bias = torch.where(dropped_B[:, None, None], self.empty_M, self.bias[row_B]).flatten(0, 1)
-        return TextContext(raw, self.dit.text_embedding(raw), bias, self.dit.text_stamp())
+    def words(self, row_B: torch.Tensor, dropped_B: torch.Tensor) -> Words:
+        """The texts of the rows; samples in `dropped_B` read the empty prompt."""
+        return self.text.dropped(Words(self.raw[row_B].flatten(0, 1), self.bias[row_B].flatten(0, 1)), dropped_B)
 
 
 class StorySource:
