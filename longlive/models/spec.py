@@ -55,6 +55,7 @@ class ModelSpec:
     `folder` is where its files belong, relative to the working directory ("" = inside the package's assets).
     `height`, `width` in pixels are the size it was trained at; `window_chunks` the chunks that attention sees.
     `linear_patterns` are fnmatch patterns of Linear modules inside the DiT that LoRA and precision converters may take.
+    `block_patterns` name its transformer blocks, `entry_patterns` the parts that are also called outside its forward (`parallel.fsdp`).
     """
 
     name: str
@@ -71,6 +72,8 @@ class ModelSpec:
         "blocks.*.ffn.0",
         "blocks.*.ffn.2",
     )
+    block_patterns: tuple[str, ...] = ("blocks.*",)
+    entry_patterns: tuple[str, ...] = ("text_embedding",)
 
 
 WAN22_VAE = VAEDims(encoder_base=160, decoder_base=256)

@@ -15,6 +15,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from ..core.errors import ConfigError
+from ..parallel.fsdp import is_sharded
 from .optim import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -93,7 +95,13 @@ class Both:
 
 
 def muon(module: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer | Both:
-    """Muon for the matrices inside the transformer blocks, AdamW for the rest; plain AdamW for a module without blocks."""
+    """Muon for the matrices inside the transformer blocks, AdamW for the rest; plain AdamW for a module without blocks.
+
+    Raises ConfigError for sharded parameters: an orthogonal update needs the whole matrix.
+    """
+    if is_sharded(module):
+        whole = "training.optimizer(muon) updates whole matrices, and infra.sharding_strategy has split them between processes"
+        raise ConfigError(f"{whole}; set infra.sharding_strategy: no_shard, or training.optimizer: adamw")
     inside = [p for name, p in module.named_parameters() if name.startswith("blocks.")]
     matrices = [p for p in inside if p.requires_grad and p.ndim == 2 and min(p.shape) >= SMALLEST]
     if not matrices:

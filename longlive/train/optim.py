@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from ..parallel.fsdp import like, local
 
 
 def adamw(parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
@@ -28,29 +31,47 @@ def learning_rate(step: int, progress: float, *, lr: float, warmup_steps: int, s
 class EMA:
     """A float32 copy of a module's parameters that follows them: shadow = d shadow + (1 - d) parameter.
 
-    Before `start_step` it simply equals the parameters. `decay` 0 switches it off: `tensors` is then empty.
+    Before `start_step` it simply equals the parameters. `decay` 0 switches it off: `tensors` is then empty. Of sharded parameters each rank keeps and
+    updates its own shard, on the device: nothing is gathered.
     """
 
     def __init__(self, module: nn.Module, decay: float, start_step: int = 0):
         self.decay, self.start_step = decay, start_step
-        self.names = [name for name, _ in module.named_parameters()] if decay else []
-        self.shadow = [p.detach().float().clone() for _, p in module.named_parameters()] if decay else []
+        named = list(module.named_parameters()) if decay else []
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.shadow = [p.detach().float().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """After optimiser step number `step` (counted from 1)."""
         if not self.shadow:
             return
-        current = [p.detach().float() for p in module.parameters()]
+        current, shadow = [local(p.detach()).float() for p in self.parameters], self._local()
         if step <= self.start_step:
-            torch._foreach_copy_(self.shadow, current)
+            torch._foreach_copy_(shadow, current)
         else:
-            torch._foreach_lerp_(self.shadow, current, 1 - self.decay)
+            torch._foreach_lerp_(shadow, current, 1 - self.decay)
+
+    def _local(self) -> list[torch.Tensor]:
+        return [local(shadow) for shadow in self.shadow]
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The shadow by name, laid out as the parameters are."""
         return dict(zip(self.names, self.shadow))
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """From whole tensors, equal on every rank."""
         for name, shadow in zip(self.names, self.shadow):
-            shadow.copy_(tensors[name])
+            shadow.copy_(like(tensors[name], shadow))
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While open the parameters hold the average; afterwards they are what they were, bit for bit."""
+        parameters = [local(p.detach()) for p in self.parameters]
+        kept = [p.clone() for p in parameters]
+        torch._foreach_copy_(parameters, self._local())
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, kept)
