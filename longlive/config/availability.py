@@ -31,4 +31,5 @@ def _train(c: Config):
     yield c.algorithm.trainer == "score_distillation", "distillation (algorithm.trainer: score_distillation)", "train with trainer: diffusion"
     ranks, kind = c.infra.sequence_parallel_size, c.algorithm.trainer
     yield ranks > 1 and kind != "diffusion", f"sequence parallelism (infra.sequence_parallel_size: {ranks}) of trainer {kind}", "set it to 1"
-    yield c.training.error_recycling.enabled, "error recycling (training.error_recycling)", "set training.error_recycling.enabled: false"
+    recycling = c.training.error_recycling.enabled and kind != "diffusion"
+    yield recycling, f"error recycling (training.error_recycling) of trainer {kind}", "set training.error_recycling.enabled: false"

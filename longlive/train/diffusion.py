@@ -9,7 +9,7 @@ Legend: B batch, F latent frames, c chunks, C latent channels, H W latent rows a
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -27,6 +27,7 @@ from .compiled import checkpoint_blocks, compile_blocks
 from .export import save_generator
 from .film_step import FilmStep
 from .objective import FlowTarget, augmentation_range, draw_indices, flow_target, know_first_frames, mix, per_frame
+from .recycling import Perturbed, recycler, whole_velocities
 from .sharded import film_layout
 from .start import starting_generator
 from .teacher_forcing import Film, draw_gaps, frame_positions
@@ -37,13 +38,16 @@ QUARTERS = ("loss_0", "loss_1", "loss_2", "loss_3")
 
 @dataclass(frozen=True)
 class DiffusionBatch:
-    """Everything one forward needs: words, film layout, (context, sigma), noisy copies, loss area."""
+    """Everything one forward needs: words, film layout, (context, sigma), noisy copies, loss area; and what was disturbed in it at which step."""
 
+    step: int
     words: Words
     film: Film
     context: tuple[torch.Tensor, torch.Tensor]
     copies: tuple[FlowTarget, ...]
     area_BFHW: torch.Tensor | None
+    index_Bc: tuple[torch.Tensor, ...]
+    disturbed: Perturbed | None = None
 
 
 class DiffusionTask:
@@ -65,6 +69,7 @@ class DiffusionTask:
         check_heads(module.dims.heads, mesh.sp_size)
         self.module: nn.Module = module
         self.clips.load(module.dims)
+        self.recycler = recycler(config, self.clips.frames // config.chunk_frames, mesh, device)
         if config.infra.gradient_checkpointing:
             checkpoint_blocks(self.module.blocks)
         if self.settings.compile:
@@ -78,11 +83,17 @@ class DiffusionTask:
             yield self._batch(self.clips.example(number), draw)
 
     def batch(self, draw: Draw) -> DiffusionBatch:
-        return self._batch(self.clips.draw(draw), draw)
+        clips = self.clips.draw(draw)
+        batch = self._batch(clips, draw)
+        if self.recycler is None:
+            return batch
+        context, told = batch.context
+        shown = self.recycler.perturb(batch.step, draw.host, clips.latents_BFCHW, batch.copies, batch.index_Bc, context)
+        return replace(batch, copies=shown.flows, context=(shown.context_BFCHW, told), disturbed=shown)
 
     def _batch(self, clips: Clips, draw: Draw) -> DiffusionBatch:
         film, mask_BF = self._film(clips, draw)
-        copies, known = [], torch.zeros(len(clips.cuts), dtype=torch.bool, device=self.device)
+        copies, indices, known = [], [], torch.zeros(len(clips.cuts), dtype=torch.bool, device=self.device)
         noises = [_normal(clips.latents_BFCHW, draw.generator) for _ in range(self.settings.noisy_copies)]
         for noise in noises:
             index_Bc = draw_indices(len(clips.cuts), len(clips.cuts[0]), draw.generator)
@@ -91,10 +102,11 @@ class DiffusionTask:
                 given = self._chance(self.settings.i2v_prob, len(clips.cuts), draw)
                 flow, known = know_first_frames(flow, clips.latents_BFCHW, given.long()), known | given
             copies.append(flow)
+            indices.append(index_Bc)
         area = None if self.settings.character_weight == 1 else 1 + (self.settings.character_weight - 1) * clips.area_BFHW
         dropped = self._chance(self.settings.text_dropout, len(clips.cuts), draw)
         words = self.clips.words(clips, dropped, draw)
-        return DiffusionBatch(words, film, self._context(clips, noises[0], known, draw), tuple(copies), area)
+        return DiffusionBatch(draw.step, words, film, self._context(clips, noises[0], known, draw), tuple(copies), area, tuple(indices))
 
     def _chance(self, probability: float, count: int, draw: Draw) -> torch.Tensor:
         return torch.rand(count, generator=draw.generator, device=self.device) < probability
@@ -149,13 +161,20 @@ class DiffusionTask:
             text = self.module.text_context(raw_RMt.to(self.module.patch_embedding.weight.dtype), bias_RM)
             velocities = self.step.velocities(self.module, text, batch.film, batch.context, batch.copies)
         loss, quarters = self.step.loss(velocities, batch.copies, batch.area_BFHW)
-        return loss, dict(zip(QUARTERS, quarters.unbind()))
+        columns = dict(zip(QUARTERS, quarters.unbind()))
+        if batch.disturbed is not None:
+            answers = whole_velocities(torch.cat([v.detach() for v in velocities], dim=1), self.mesh, self.step.layout)
+            columns |= self.recycler.observe(batch.step, batch.disturbed, answers)
+        return loss, columns
 
     def state(self) -> dict:
-        return {"clips": self.clips.state()}
+        """Where this rank stands beside the weights: in its data, and its share of the error buffers."""
+        return {"clips": self.clips.state()} | ({} if self.recycler is None else {"errors": self.recycler.state_dict()})
 
     def restore(self, state: dict) -> None:
         self.clips.restore(state["clips"])
+        if self.recycler is not None and "errors" in state:
+            self.recycler.load_state_dict(state["errors"])
 
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
         metadata = {"trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed)}
