@@ -20,6 +20,7 @@ def memory(
     batch: BatchOption = 0,
     chunks: Annotated[int, typer.Option("--chunks", help="Length of each film.")] = 16,
     shots: Annotated[int, typer.Option("--shots", help="Shots of each film; the character is away in all but the first and the last.")] = 4,
+    split: Annotated[str, typer.Option("--split", help="held-out, or train: combinations of shape and colour that training shows.")] = "held-out",
 ) -> None:
     """Make films in which a character is told once, goes away and comes back, with and without attention sinks; all scores 0..1.
 
@@ -34,7 +35,7 @@ def memory(
 
     _check("--json", json)
     config = default_config(model, split_overrides(ctx.args))
-    stories = evaluation.memory_stories(films, seed, chunks, shots)
+    stories = evaluation.memory_stories(films, seed, chunks, shots, split)
     configs = {"truth": config} if truth else evaluation.both_ways(config, chunks)
     device = choose_device(config)
     judge = Judge.load(device)
@@ -46,5 +47,5 @@ def memory(
             runs[name] = evaluation.read_films(judge, stories, made, on_chunk=bar.advance)
     report = evaluation.compare(runs, seed)
     rows = [(name, *("" if score is None else f"{score:.3f}" for score in scores)) for name, *scores in report.rows()]
-    _table(f"{films} films of {chunks} chunks, seed {seed}", ("last shot", *configs, "shuffled"), rows)
+    _table(f"{films} {split} films of {chunks} chunks, seed {seed}", ("last shot", *configs, "shuffled"), rows)
     _write(json, report.to_json())

@@ -74,11 +74,11 @@ def _shot_json(shot: ShotReading) -> dict:
     return {"setting": shot.setting, "camera": shot.camera, "characters": characters}
 
 
-def memory_stories(films: int, seed: int, chunks: int = CHUNKS, shots: int = SHOTS) -> list[WorldStory]:
+def memory_stories(films: int, seed: int, chunks: int = CHUNKS, shots: int = SHOTS, split: str = "held-out") -> list[WorldStory]:
     """The stories of an evaluation, a function of the seed alone. Raises InputError for no films, or too few shots or chunks."""
     if films < 1:
         raise InputError(f"--films {films}: judge at least one film")
-    return [memory_story(seed, index, chunks=chunks, shots=shots) for index in range(films)]
+    return [memory_story(seed, index, chunks=chunks, shots=shots, split=split) for index in range(films)]
 
 
 def both_ways(config: "Config", chunks: int) -> dict[str, "Config"]:

@@ -202,17 +202,17 @@ def evaluation_story(seed: int, index: int, *, chunks: int = 6, shots: tuple[int
     return sample_story(key, chunks=chunks, shots=shots, characters=(count, count), split="held-out")
 
 
-def memory_story(seed: int, index: int, *, chunks: int = 16, shots: int = 4) -> WorldStory:
+def memory_story(seed: int, index: int, *, chunks: int = 16, shots: int = 4, split: str = "held-out") -> WorldStory:
     """Film number `index` that can only be right from memory: one character, told in full in the first shot and by its colour alone in the last.
 
-    The shots between show a guest, for at least half of the film. Held-out combinations and wordings. Raises InputError below 3 shots or
-    2 chunks per shot.
+    The shots between show a guest, for at least half of the film. In held-out combinations the colour that is told speaks against the
+    shape that is remembered: training never showed the two together. Raises InputError below 3 shots or 2 chunks per shot.
     """
     if shots < 3 or chunks < 2 * shots:
         raise InputError(f"{shots} shots in {chunks} chunks: a character goes and comes back in at least 3 shots, 2 chunks or more per shot")
     draw = Draw("memory", seed, index)
     while True:
         key = draw.below(1 << 48)
-        story = sample_story(key, chunks=chunks, shots=(shots, shots), characters=(1, 1), split="held-out", memory=1.0, away=1.0)
+        story = sample_story(key, chunks=chunks, shots=(shots, shots), characters=(1, 1), split=split, memory=1.0, away=1.0)
         if 2 * sum(shot.chunks for shot in story.shots[1:-1]) >= chunks:
             return story
