@@ -26,6 +26,9 @@ from ..core.errors import CheckpointError, nearest
 
 SHARD = re.compile(r"(?P<stem>.+)-(?P<at>\d{5})-of-(?P<count>\d{5})(?P<ending>\.safetensors)$")
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+SHARD_INDEX = ".metadata"  # of torch.distributed.checkpoint: what training writes (train.checkpoint)
+RUN_FILE = "run.json"
+TRAINED = ("generator", "generator_ema")
 FETCH = "fetch it again, or check the path"
 MADV_DONTNEED = 4
 
@@ -54,6 +57,8 @@ def _near(path: Path) -> str:
 
 
 def _in_folder(folder: Path) -> list[Path]:
+    if (folder / SHARD_INDEX).is_file():
+        return [folder / SHARD_INDEX]
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) == 1:
         return _indexed(indexes[0])
@@ -91,7 +96,12 @@ def _all_there(paths: list[Path]) -> list[Path]:
 
 
 def open_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], bool]:
-    """(content, metadata, whether the tensors are views of the mapped file). Raises CheckpointError for what is empty, truncated or no weight file."""
+    """(content, metadata, whether the tensors are views of the mapped file). Raises CheckpointError for what is empty, truncated or no weight file.
+
+    Of a training checkpoint (the SHARD_INDEX of its folder) the entries are read when their tensors are asked for.
+    """
+    if path.name == SHARD_INDEX:
+        return _open_sharded(path.parent)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -103,6 +113,59 @@ def open_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], bool]:
     if head.startswith(b"version https://"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`, or fetch the file itself")
     return _open_safetensors(path, size, head) if path.suffix == ".safetensors" else _open_torch(path, head)
+
+
+def _open_sharded(folder: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    sizes = sharded_sizes(folder)
+    groups = {entry: {n.removeprefix(f"{entry}."): s for n, s in sizes.items() if n.startswith(f"{entry}.")} for entry in TRAINED}
+    try:
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not complete: {RUN_FILE} cannot be read ({error}); take another checkpoint") from None
+    return {entry: _Group(folder, entry, found) for entry, found in groups.items() if found}, {"trainer": run["trainer"], "step": run["step"]}, False
+
+
+def sharded_sizes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, type) of every tensor in a training checkpoint. Raises CheckpointError where its index cannot be read."""
+    from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+
+    try:
+        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError, ValueError, LookupError, AttributeError, TypeError, ImportError) as error:
+        raise CheckpointError(f"{folder / SHARD_INDEX} cannot be read ({_first_line(error)}); take another checkpoint") from None
+    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+class _Group(Mapping):
+    """The tensors of one entry of a training checkpoint, whole, read together from all ranks' files when the first is asked for."""
+
+    def __init__(self, folder: Path, entry: str, sizes: dict[str, tuple[tuple[int, ...], torch.dtype]]):
+        self.folder, self.entry, self.sizes, self.tensors = folder, entry, sizes, None
+
+    def __iter__(self):
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.tensors is None:
+            self.tensors = read_sharded(self.folder, {f"{self.entry}.{n}": s for n, s in self.sizes.items()})
+        return self.tensors[f"{self.entry}.{name}"]
+
+
+def read_sharded(folder: Path, sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """Whole tensors by their full names, in memory, whoever wrote them; only this process takes part. Raises CheckpointError for a damaged file."""
+    import torch.distributed.checkpoint as dcp
+
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a single process reads
+            dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        raise CheckpointError(f"{folder} is damaged ({_first_line(error)}); take another checkpoint") from None
+    return tensors
 
 
 def _open_safetensors(path: Path, size: int, head: bytes) -> tuple[dict[str, Tensor], dict[str, Any], bool]:

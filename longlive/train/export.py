@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from ..core.log import launch_rank
 from ..models.wan_vae import WanVAE
 from ..models.weights import save_state
+from ..parallel.fsdp import whole
 
 SHARD_BYTES = 15 * 2**20
 VAE_FILE = "vae.safetensors"
@@ -41,8 +43,17 @@ def write_shards(folder: Path, stem: str, tensors: dict[str, torch.Tensor], meta
 
 
 def save_generator(folder: Path, raw: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    write_shards(folder, "raw", {name: t.detach().float() for name, t in raw.items()}, metadata)
-    write_shards(folder, "dit", {name: t.detach().to(torch.bfloat16) for name, t in (ema or raw).items()}, metadata)
+    """Writes both forms. Sharded tensors are gathered one by one: then every rank must call it, and the first writes."""
+    for stem, tensors, dtype in (("raw", raw, torch.float32), ("dit", ema or raw, torch.bfloat16)):
+        first = launch_rank()[0] == 0
+        gathered = {name: on_host for name, t in tensors.items() if (on_host := _on_host(t, dtype, first)) is not None}
+        if first:
+            write_shards(folder, stem, gathered, metadata)
+
+
+def _on_host(tensor: torch.Tensor, dtype: torch.dtype, keep: bool) -> torch.Tensor | None:
+    tensor = whole(tensor.detach())
+    return tensor.to(dtype).cpu() if keep else None
 
 
 def save_vae(folder: Path, vae: WanVAE, mean_KC: torch.Tensor, std_KC: torch.Tensor, metadata: dict[str, str]) -> None:

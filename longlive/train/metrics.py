@@ -14,6 +14,8 @@ import torch
 
 from ..core.errors import LongLiveError
 
+EVALUATIONS = "evaluations.jsonl"
+
 
 class Metrics:
     """Appends rows to `path` (None: only keeps the last ones) and hands them to `tracker`.
@@ -23,18 +25,29 @@ class Metrics:
 
     def __init__(self, path: Path | None, resume_step: int | None = None, tracker: Callable[[dict], None] | None = None):
         self.path, self.tracker, self.pending, self.last = path, tracker, [], {}
-        if path is not None:
+        for file in (path, path.with_name(EVALUATIONS)) if path is not None else ():
             kept = []
-            if resume_step is not None and path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line and json.loads(line)["step"] <= resume_step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            if resume_step is not None and file.exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if line and json.loads(line)["step"] <= resume_step]
+            if kept or file == path or file.exists():
+                file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, step: int, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
         """`tensors`: scalars on the device (read later), the same ones at every step; `numbers`: known on the host."""
         self.pending.append((step, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), numbers))
 
+    def note(self, step: int, columns: dict[str, float]) -> None:
+        """A row of its own, written at once: measurements that are not of a step."""
+        self.flush()
+        row = {"step": step, **columns}
+        if self.path is not None:
+            with self.path.with_name(EVALUATIONS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({k: _number(v) for k, v in row.items()}) + "\n")
+        if self.tracker is not None:
+            self.tracker(row)
+
     def flush(self) -> dict[str, float]:
-        """Writes what is pending and returns the means of its losses. Raises LongLiveError when one is not finite."""
+        """Writes what is pending and returns the means of its losses. Raises LongLiveError when one is not finite and its step was not skipped."""
         if not self.pending:
             return self.last
         values = torch.stack([tensors for _, _, tensors, _ in self.pending]).tolist()
@@ -45,7 +58,7 @@ class Metrics:
                 file.writelines(json.dumps({k: _number(v) for k, v in row.items()}) + "\n" for row in rows)
         for row in rows if self.tracker is not None else ():
             self.tracker(row)
-        broken = next((row for row in rows if not math.isfinite(row["loss"])), None)
+        broken = next((row for row in rows if not math.isfinite(row["loss"]) and "skipped" not in row), None)
         if broken:
             raise LongLiveError(
                 f"the loss of step {broken['step']} is {broken['loss']}: training stopped, the last saved weights are kept; "

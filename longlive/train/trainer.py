@@ -13,22 +13,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Protocol
+from typing import Any, Iterator, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from ..core.errors import Interrupted
+from ..core.errors import Interrupted, LongLiveError
 from ..core.log import logger
 from ..parallel.data_parallel import Replicas
-from . import checkpoint
+from ..parallel.fsdp import gradient_norm, is_sharded, reduce_gradients
 from .checkpoint import RunState
+from .guards import SKIPS_IN_A_ROW, SkippedSteps, no_memory
 from .metrics import Metrics
 from .muon import muon
 from .optim import EMA, adamw, learning_rate
+from .run_files import RunFiles
+from .state import untouched
 
 WEIGHTS_EVERY = 60.0
 REPORT_EVERY = 5.0
+SMALL_ENOUGH = 2**30  # bytes of weights that are written for use now and then; larger ones at the end only (`longlive export` serves in between)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ class LoopSettings:
     keep: int
     seed: int
     save: bool = True
+    evaluate_every: int = 0
 
     def progress(self, state: RunState) -> float:
         """0 at the start, 1 at the end, by whichever limit is nearer."""
@@ -86,10 +91,18 @@ class Task(Protocol):
         """The loss and other scalars worth a column; all on the device."""
 
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
-        """Writes weights for use (not for resuming)."""
+        """Writes weights for use (not for resuming). Called on rank 0; on all ranks where the module is sharded, and then rank 0 writes."""
 
     def finish(self, folder: Path) -> dict[str, float]:
         """Last measurements; they are logged and returned by `fit`."""
+
+
+@runtime_checkable
+class Evaluates(Protocol):
+    """A task that measures itself now and then."""
+
+    def evaluate(self, step: int, ema: dict[str, torch.Tensor]) -> dict[str, float]:
+        """After step number `step`, on every rank; `ema` as the EMA keeps it (sharded as the parameters). Returns columns for the metrics."""
 
 
 def seed_of(*parts: int) -> int:
@@ -140,42 +153,64 @@ class Loop:
         self.task, self.settings, self.logdir, self.config, self.replicas, self.stream = task, settings, logdir, config, replicas, stream
         rates = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
         self.optimizer = muon(task.module, **rates) if settings.optimizer == "muon" else adamw(task.module.parameters(), **rates)
+        self.parameters = [p for p in task.module.parameters() if p.requires_grad]
         self.ema = EMA(task.module, settings.ema_decay, settings.ema_start_step)
-        self.writes = replicas.rank == 0
-        self.state = RunState()
-        found = checkpoint.folders(logdir) if auto_resume else []
-        if found:
-            self.state = checkpoint.resume(found[-1], task.module, self.optimizer, self.ema, trainer=task.name)
-            logger.info("resumed from %s at step %d", found[-1], self.state.step)
-        self.metrics = Metrics(logdir / "metrics.jsonl" if self.writes else None, self.state.step if found else None, tracker)
+        self.writes, self.sharded = replicas.rank == 0, is_sharded(task.module)
+        self.small = sum(p.numel() * p.element_size() for p in self.parameters) < SMALL_ENOUGH
+        self.skipped = SkippedSteps()
+        self.files = RunFiles(task, self.optimizer, self.ema, logdir, config=config, replicas=replicas, keep=settings.keep)
+        resumed = self.files.resume() if auto_resume else None
+        self.state = resumed or RunState()
+        self.metrics = Metrics(logdir / "metrics.jsonl" if self.writes else None, self.state.step if resumed else None, tracker)
 
     def fit(self) -> dict[str, float]:
-        """Trains, writes weights and measurements, returns the latter."""
-        with StopRequest() as stop:
-            self._warm_up()
-            start = time.perf_counter() - self.state.elapsed
-            saved = reported = time.perf_counter()
-            while self.settings.progress(self.state) < 1:
-                self._step()
-                elapsed, asked = self.replicas.maximum(time.perf_counter() - start, float(stop.made))
-                self.state = RunState(self.state.step, elapsed)
-                now = time.perf_counter()
-                if now - reported > REPORT_EVERY:
-                    reported = now
-                    self._report()
-                if self.settings.checkpoint_every and self.state.step % self.settings.checkpoint_every == 0:
-                    self._save()
-                if asked:
-                    self._stop()
-                if now - saved > WEIGHTS_EVERY:
-                    saved = now
-                    self._export()
-        self._report()
-        self._export()
-        self._save()
+        """Trains, writes weights and measurements, returns the latter. Raises LongLiveError, with what to lower, where memory does not suffice."""
+        try:
+            with StopRequest() as stop:
+                self._warm_up()
+                self._train(stop)
+                self._report()
+                self._export()
+                self._save()
+                self.files.wait()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            advice = no_memory(error, self.config)
+            if advice is None:
+                raise
+            raise LongLiveError(advice) from error
         results = self.task.finish(self.logdir) if self.writes else {}
         self.replicas.maximum(0.0)
         return results
+
+    def _train(self, stop: StopRequest) -> None:
+        """Steps to the limit. What happens at which step is decided by numbers that are equal on all ranks."""
+        settings = self.settings
+        start = time.perf_counter() - self.state.elapsed
+        saved, reported = self.state.elapsed, time.perf_counter()
+        while settings.progress(self.state) < 1:
+            self._step()
+            elapsed, asked = self.replicas.maximum(time.perf_counter() - start, float(stop.made))
+            self.state = RunState(self.state.step, elapsed)
+            now = time.perf_counter()
+            if now - reported > REPORT_EVERY:
+                reported = now
+                self._report()
+            self.files.poll()
+            if settings.checkpoint_every and self.state.step % settings.checkpoint_every == 0:
+                self._save()
+            if asked:
+                self._stop()
+            if settings.evaluate_every and self.state.step % settings.evaluate_every == 0:
+                start += self._evaluate()
+            if self.small and elapsed - saved > WEIGHTS_EVERY:
+                saved = elapsed
+                self._export()
+
+    def rehearse(self) -> dict[str, float]:
+        """Warms up and takes one step; returns its measurements. Nothing is exported or saved."""
+        self._warm_up()
+        self._step()
+        return self.metrics.flush()
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
@@ -200,17 +235,38 @@ class Loop:
             group["lr"] = rate
         total, columns = 0.0, {}
         for micro in range(settings.accumulation):
+            reduce_gradients(self.task.module, micro == settings.accumulation - 1)
             loss, columns = self.task.loss(self.task.batch(self._draw(micro)))
             (loss / settings.accumulation).backward()
             total = total + loss.detach() / settings.accumulation
-        self.replicas.average_gradients(self.task.module)
-        norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), settings.max_grad_norm)
-        self.optimizer.step()
+        if not self.sharded:
+            self.replicas.average_gradients(self.task.module)
+        norm = gradient_norm(self.parameters)
+        sound = bool(norm.isfinite())
+        if sound:
+            nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state = RunState(self.state.step + 1, self.state.elapsed)
-        self.ema.update(self.task.module, self.state.step)
+        if sound:
+            self.ema.update(self.task.module, self.state.step)
         numbers = {"lr": rate, "seconds": self.state.elapsed, "ms": 1000 * (time.perf_counter() - began)}
+        numbers |= {} if sound else {"skipped": 1}
         self.metrics.add(self.state.step, {"loss": total, "grad_norm": norm, **columns}, numbers)
+        if self.skipped.count(sound, self.state.step) == SKIPS_IN_A_ROW:
+            self.metrics.flush()
+            self.files.wait()
+            raise LongLiveError(self.skipped.message())
+
+    def _evaluate(self) -> float:
+        """Measures, leaving the next step as it would have been. Returns the seconds it took, which are not on the training clock."""
+        if not isinstance(self.task, Evaluates):
+            return 0.0
+        began = time.perf_counter()
+        with untouched(self.task.module, self.task.device):
+            columns = self.task.evaluate(self.state.step, self.ema.tensors())
+        self.metrics.note(self.state.step, columns)
+        return self.replicas.maximum(time.perf_counter() - began)[0]
 
     def _report(self) -> None:
         count = len(self.metrics.pending)
@@ -226,17 +282,17 @@ class Loop:
         )  # fmt: skip
 
     def _export(self) -> None:
-        if self.writes:
+        if self.writes or self.sharded:
             self.task.export(self.logdir, self.state.step, self.ema.tensors())
 
     def _save(self) -> None:
         self.metrics.flush()
-        if self.writes and self.settings.save:
-            s = self.settings
-            checkpoint.save(self.logdir, self.state, self.task.module, self.optimizer, self.ema, trainer=self.task.name, config=self.config, keep=s.keep)
+        if self.settings.save:
+            self.files.save(self.state)
 
     def _stop(self) -> None:
         self._report()
         self._export()
         self._save()
+        self.files.wait()
         raise Interrupted(f"stopped at step {self.state.step}; weights{' and state' if self.settings.save else ''} are in {self.logdir}")

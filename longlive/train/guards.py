@@ -1,0 +1,46 @@
+"""What ends a run with a sentence instead of a traceback: steps without a usable gradient, and memory that does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..core.log import logger
+
+SKIPS_IN_A_ROW = 10
+
+
+class SkippedSteps:
+    """Counts steps whose gradient norm was not finite. The norm is equal on all ranks, so all count alike."""
+
+    def __init__(self):
+        self.row, self.last = 0, 0
+
+    def count(self, sound: bool, step: int) -> int:
+        """How many steps have been skipped in a row, this one included."""
+        self.row, self.last = (0, self.last) if sound else (self.row + 1, step)
+        if not sound:
+            logger.warning("step %d skipped: its gradient is not finite (%d of at most %d in a row)", step, self.row, SKIPS_IN_A_ROW)
+        return self.row
+
+    def message(self) -> str:
+        first = self.last - self.row + 1
+        return (
+            f"the gradients of steps {first} to {self.last} are not finite: training stopped, the weights are those of step {first - 1}; "
+            "use a lower training.lr or a longer training.warmup_steps, and look at the data"
+        )
+
+
+def no_memory(error: Exception, config: Mapping) -> str | None:
+    """One line that says what to lower, for an error about memory; None for any other. `config`: as `config_table` gives it."""
+    text = str(error).strip() or type(error).__name__
+    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in text:
+        return None
+    training, infra = config.get("training", {}), config.get("infra", {})
+    frames = config.get("data", {}).get("image_or_video_shape", [0, 0])[1]
+    advice = [f"training.batch_size({training.get('batch_size')})", f"data.image_or_video_shape[1]({frames} latent frames)"]
+    raised = [] if infra.get("gradient_checkpointing") else ["infra.gradient_checkpointing: true"]
+    raised += [f"a larger infra.sequence_parallel_size({infra.get('sequence_parallel_size')})"]
+    raised += ["infra.sharding_strategy: full"] if infra.get("sharding_strategy") != "full" else []
+    return f"out of memory ({text.splitlines()[0][:160]}); lower {' or '.join(advice)}, or use {' or '.join(raised)}"
