@@ -35,19 +35,22 @@ def train_script(
     no_visualize: Annotated[bool, typer.Option("--no_visualize", help="No evaluation during training.")] = False,
     no_auto_resume: Annotated[bool, typer.Option("--no-auto-resume", help="Start afresh even where LOGDIR holds a checkpoint.")] = False,
     generate_before_train: Annotated[bool, typer.Option("--generate-before-train", help="Evaluate once and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check configuration and data, estimate memory, take one step; write nothing.")] = False,
 ) -> None:
     """Train a model. Extra key=value words override the configuration."""
-    import logging
-
     from ..config import load_config
+    from ..core.log import launch_rank
     from ..train import RunOptions, run
+    from .train import rehearsal, report_to_stderr
 
     overrides = split_overrides(ctx.args) + (["evaluation.interval=0"] if no_visualize else [])
     config = load_config(config_path, overrides)
     if generate_before_train:
         raise NotAvailable("--generate-before-train", "generate films of a checkpoint with inference.py")
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("longlive").setLevel(logging.INFO)
+    report_to_stderr()
+    if dry_run:
+        rehearsal(config)
+        return
     options = RunOptions(
         auto_resume=bool(logdir) and not no_auto_resume,
         save=not no_save,
@@ -55,7 +58,8 @@ def train_script(
         wandb_dir=Path(wandb_save_dir) if wandb_save_dir else None,
     )
     run(config, Path(logdir), options)
-    typer.echo(f"wrote {Path(logdir).resolve()}")
+    if launch_rank()[0] == 0:
+        typer.echo(f"wrote {Path(logdir).resolve()}")
 
 
 @inference.command(context_settings=OVERRIDES)

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..config.root import Config
-from ..models.spec import DiTDims, ModelSpec
+from ..models.spec import DiTDims, ModelSpec, VAEDims
 from ..models.text import TextEncoder
 from ..models.wan_dit import text_rows
 from ..parallel.mesh import Mesh
@@ -49,13 +49,24 @@ class Words(NamedTuple):
     bias_RM: torch.Tensor
 
 
+class FrozenParts(NamedTuple):
+    """The networks besides the trained one: the VAE's sizes, if clips are encoded here, and whether UMT5 is on this device."""
+
+    vae: VAEDims | None
+    umt5: bool
+
+
 class ClipSource(Protocol):
     """Where clips come from. Making one opens the data and reads no weights; `load` comes before everything else."""
 
     frames: int  # latent frames of a clip, padding included
+    title: str  # what the data are, for reports
 
     def load(self, dims: DiTDims) -> None:
         """Brings what turns pixels into latents and prompts into words to the device."""
+
+    def frozen_parts(self) -> FrozenParts:
+        """What `load` brought."""
 
     def prepare(self) -> None:
         """What takes long and is done once, before the clock starts."""

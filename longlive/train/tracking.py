@@ -1,7 +1,8 @@
-"""Weights & Biases as one more reader of the rows that metrics.jsonl gets."""
+"""Readers of the rows that metrics.jsonl gets: TensorBoard where it is installed, Weights & Biases where it is asked for."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,39 @@ from ..config import Config
 from ..config.show import config_table
 from ..core.log import logger
 
+Tracker = Callable[[dict], None]
 
-def wandb_tracker(config: Config, logdir: Path, folder: Path | None) -> Callable[[dict], None] | None:
+
+def trackers(config: Config, logdir: Path, *, wandb: bool, wandb_dir: Path | None = None) -> Tracker:
+    """One function that hands a row to all of them."""
+    found = [tensorboard_tracker(logdir), wandb_tracker(config, logdir, wandb_dir) if wandb else None]
+    readers = [reader for reader in found if reader is not None]
+
+    def track(row: dict) -> None:
+        for reader in readers:
+            reader(row)
+
+    return track
+
+
+def tensorboard_tracker(logdir: Path) -> Tracker | None:
+    """Writes LOGDIR/tensorboard, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    writer = SummaryWriter(str(logdir / "tensorboard"))
+
+    def track(row: dict) -> None:
+        for name, value in row.items():
+            if name != "step" and math.isfinite(value):
+                writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return track
+
+
+def wandb_tracker(config: Config, logdir: Path, folder: Path | None) -> Tracker | None:
     """A function that logs a row, or None (with one warning) where wandb is not installed or no project is named."""
     settings = config.logging
     if settings.wandb_project is None:
@@ -18,7 +50,7 @@ def wandb_tracker(config: Config, logdir: Path, folder: Path | None) -> Callable
     try:
         import wandb
     except ImportError:
-        logger.warning("wandb is not installed: metrics go to metrics.jsonl only (pip install 'longlive[train]', or --disable-wandb)")
+        logger.warning("wandb is not installed: metrics go to metrics.jsonl and TensorBoard (pip install 'longlive[train]', or --disable-wandb)")
         return None
     if settings.wandb_key:
         wandb.login(key=settings.wandb_key, host=settings.wandb_host)

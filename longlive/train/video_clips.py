@@ -20,7 +20,7 @@ from ..models.spec import DiTDims, ModelSpec
 from ..models.text import PromptCache, TextEncoder, text_encoder
 from ..models.weights import weights_hash
 from ..parallel.mesh import Mesh
-from .clips import Clips, PaddedText, Words
+from .clips import Clips, FrozenParts, PaddedText, Words
 from .shared_encode import encode_shared
 from .start import codec_for_training, training_vae
 from .trainer import Draw
@@ -39,7 +39,8 @@ class VideoClips:
         self.settings = loader_settings(config, pin=device.type == "cuda")
         self.loader: BatchLoader | None = None
         self.position: int | None = None
-        logger.info("training on %d folders of %s%s", len(self.source), config.data.data_path, "" if config.data.load_raw_video else " (shards)")
+        self.title = f"{len(self.source)} folders of {config.data.data_path}{'' if config.data.load_raw_video else ' (shards)'}"
+        logger.info("training on %s", self.title)
 
     def _open(self):
         config, vae = self.config, training_vae(self.config, self.spec)
@@ -68,6 +69,11 @@ class VideoClips:
         if self.config.infra.text_encoder_cpu_offload:
             return text_encoder(self.spec, device="cpu")
         return text_encoder(self.spec, device=self.device, dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+
+    def frozen_parts(self) -> FrozenParts:
+        stored = isinstance(self.source, ShardSource) and self.source.index.text is not None
+        umt5 = self.spec.text_kind == "umt5-xxl" and not stored and not self.config.infra.text_encoder_cpu_offload
+        return FrozenParts(None if self.codec is None else self.codec.vae.dims, umt5)
 
     def prepare(self) -> None:
         pass

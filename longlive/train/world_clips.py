@@ -13,7 +13,7 @@ from ..data.latents import LatentBank
 from ..models.spec import DiTDims, model_spec
 from ..models.text import text_encoder
 from ..parallel.mesh import Mesh
-from .clips import Clips, PaddedText, Words
+from .clips import Clips, FrozenParts, PaddedText, Words
 from .start import codec_for_training
 from .trainer import Draw
 from .world_latents import PromptBank, StorySource, WorldBank
@@ -27,6 +27,7 @@ class WorldClips:
     def __init__(self, config: Config, device: torch.device, mesh: Mesh):
         self.config, self.device, self.stream = config, device, mesh.dp_rank
         self.frames = config.world.chunks * config.chunk_frames
+        self.title = f"the procedural world, {config.world.clips} stories (seed {config.world.seed})"
 
     def load(self, dims: DiTDims) -> None:
         config, world, latent = self.config, self.config.world, self.config.data.image_or_video_shape
@@ -52,6 +53,9 @@ class WorldClips:
             Geometry.of_latent(latent[3], latent[4]),
             config.data.scene_cut_prefix,
         )
+
+    def frozen_parts(self) -> FrozenParts:
+        return FrozenParts(self.bank.codec.vae.dims, umt5=False)
 
     def prepare(self) -> None:
         """Fills the bank."""
