@@ -21,6 +21,7 @@ from ..config.root import Config
 from ..diffusion.flow import TrainTable, train_table
 from ..engine.pipeline import rollout_settings
 from ..models.spec import model_spec
+from ..parallel.apply import Plan, apply
 from ..parallel.mesh import Mesh, check_heads
 from .clips import Clips, ClipSource, Words, open_clips
 from .compiled import checkpoint_blocks, compile_blocks
@@ -70,10 +71,16 @@ class DiffusionTask:
         self.module: nn.Module = module
         self.clips.load(module.dims)
         self.recycler = recycler(config, self.clips.frames // config.chunk_frames, mesh, device)
-        if config.infra.gradient_checkpointing:
-            checkpoint_blocks(self.module.blocks)
-        if self.settings.compile:
-            compile_blocks(self.module.blocks)
+        plan = Plan(
+            blocks=spec.block_patterns,
+            entries=spec.entry_patterns,
+            strategy=config.infra.sharding_strategy,
+            wrap=config.infra.generator_fsdp_wrap_strategy,
+            bf16=self.mixed,
+            recompute=checkpoint_blocks if config.infra.gradient_checkpointing else None,
+            compile=compile_blocks if self.settings.compile else None,
+        )
+        apply(self.module, device, plan)
 
     def warm_up(self) -> Iterator[DiffusionBatch]:
         """Whatever the data need first, then two batches: the first compiles, the second shows that nothing compiles again."""
