@@ -158,6 +158,7 @@ class Loop:
         self.writes, self.sharded = replicas.rank == 0, is_sharded(task.module)
         self.small = sum(p.numel() * p.element_size() for p in self.parameters) < SMALL_ENOUGH
         self.skipped = SkippedSteps()
+        logdir.mkdir(parents=True, exist_ok=True)
         self.files = RunFiles(task, self.optimizer, self.ema, logdir, config=config, replicas=replicas, keep=settings.keep)
         resumed = self.files.resume() if auto_resume else None
         self.state = resumed or RunState()

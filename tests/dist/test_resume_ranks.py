@@ -1,0 +1,125 @@
+"""Checkpoints of 4 ranks: resumed on the same ranks bit for bit; on 2 and on 1 with the same weights, optimizer, average and place in the data."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from loop_toys import toy_loop
+from ranks import run_ranks
+
+from longlive.core.errors import CheckpointError
+from longlive.parallel import fsdp
+from longlive.train import checkpoint
+from longlive.train.checkpoint import module_tensors
+
+HALF = "checkpoint_model_000002"
+
+
+def state_of(loop):
+    """Everything that a run carries, whole."""
+    tensors = module_tensors(loop.task.module, loop.ema.tensors(), loop.optimizer)
+    return {name: fsdp.whole(tensor).clone() for name, tensor in tensors.items()}
+
+
+def losses(folder):
+    return {row["step"]: (row["loss"], row["grad_norm"], row["luck"]) for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+def go_on(folder, **how):
+    """(state, step, position and own errors on arrival, state at the end, task) of a run that is resumed from the checkpoint in `folder`."""
+    torch.manual_seed(99)  # what a new process would draw
+    loop = toy_loop(folder, **how)
+    arrived = state_of(loop), loop.state.step, loop.task.position, loop.task.errors.clone()
+    loop.fit()
+    return *arrived, state_of(loop), loop.task.evaluated
+
+
+def four(folder):
+    loop, saved = toy_loop(folder / "whole", sp_size=2), {}
+    torch.manual_seed(loop.replicas.rank)
+    save = loop.files.save
+
+    def remember(state):
+        saved[state.step] = state_of(loop), loop.task.errors.clone()
+        save(state)
+
+    loop.files.save = remember
+    loop.fit()
+    if loop.replicas.rank == 0:
+        for name in ("same", "two", "one", "no_shard", "evaluated"):
+            shutil.copytree(folder / "whole" / HALF, folder / name / HALF)
+    torch.distributed.barrier()
+    return {
+        "saved": saved,
+        "same": go_on(folder / "same", sp_size=2),
+        "evaluated": go_on(folder / "evaluated", sp_size=2, evaluate_every=1),
+        "no_shard": go_on(folder / "no_shard", sp_size=4, strategy="no_shard"),
+    }
+
+
+def two(folder):
+    return go_on(folder / "two", sp_size=2)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    ranks = run_ranks(four, 4, tmp_path_factory.mktemp("four"), folder)
+    return folder, ranks, run_ranks(two, 2, tmp_path_factory.mktemp("two"), folder), go_on(folder / "one")
+
+
+def close(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **tolerance)
+
+
+def test_the_same_ranks_go_on_bit_for_bit(found):
+    folder, ranks, _, _ = found
+    for rank in ranks:
+        arrived, step, position, errors, end, _ = rank["same"]
+        half, own_errors = rank["saved"][2]
+        assert step == 2 and position == 16 and torch.equal(errors, own_errors)
+        close(arrived, half, rtol=0, atol=0)
+        close(end, rank["saved"][4][0], rtol=0, atol=0)
+    whole, same = losses(folder / "whole"), losses(folder / "same")  # with a number from the process-wide generator
+    assert list(whole) == [1, 2, 3, 4] and same == {step: whole[step] for step in (3, 4)}
+    assert any(name.startswith("generator_optimizer.exp_avg_sq.blocks.1.") for name in ranks[0]["saved"][2][0])
+
+
+def test_other_ranks_go_on_with_the_same_state(found):
+    _, ranks, on_two, on_one = found
+    half, end = (ranks[0]["saved"][step][0] for step in (2, 4))
+    for arrived, step, position, errors, last, _ in (*on_two, on_one, *(rank["no_shard"] for rank in ranks)):
+        assert step == 2 and position == 16
+        assert errors.tolist() == [6.0, 6.0]  # the mean of what the two ranks of a sample kept
+        close(arrived, half, rtol=0, atol=0)
+        close(last, end, rtol=1e-6, atol=1e-7)
+
+
+def test_an_evaluation_changes_no_later_step(found):
+    folder, ranks, _, _ = found
+    for rank in ranks:
+        *_, end, calls = rank["evaluated"]
+        close(end, rank["saved"][4][0], rtol=0, atol=0)
+        assert [call[:2] for call in calls] == [(3, False), (4, False)] and calls[0][2] > 10
+    whole, evaluated = losses(folder / "whole"), losses(folder / "evaluated")
+    assert evaluated == {step: whole[step] for step in (3, 4)}
+    rows = [json.loads(line) for line in (folder / "evaluated" / "evaluations.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 3, "score": 3.0}, {"step": 4, "score": 4.0}]
+
+
+def test_what_is_on_disk(found):
+    folder, _, _, _ = found
+    run = json.loads((folder / "whole" / HALF / "run.json").read_text())
+    assert run["topology"] == {"world": 4, "sp": 2} and run["trainer"] == "toy" and run["step"] == 2 and len(run["ranks"]) == 4
+    assert len([name for name in run["files"] if name.endswith(".distcp")]) == 4 and not list((folder / "whole").glob("*.tmp"))
+
+
+def test_a_missing_shard_is_seen_before_anything_is_loaded(found, tmp_path):
+    folder, _, _, _ = found
+    shutil.copytree(folder / "whole" / HALF, tmp_path / HALF)
+    next((tmp_path / HALF).glob("__2_*.distcp")).unlink()
+    with pytest.raises(CheckpointError, match="damaged.*__2_0.distcp.*remove it to start from the beginning"):
+        checkpoint.read_run(tmp_path / HALF, "toy")
