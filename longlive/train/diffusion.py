@@ -8,6 +8,7 @@ Legend: B batch, F latent frames, c chunks, C latent channels, H W latent rows a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from .compiled import checkpoint_blocks, compile_blocks
 from .export import save_generator
 from .film_step import FilmStep
 from .objective import FlowTarget, augmentation_range, draw_indices, flow_target, know_first_frames, mix, per_frame
-from .recycling import Perturbed, recycler, whole_velocities
+from .recycling import LATENT, Perturbed, merged_states, recycler, whole_velocities
 from .sharded import film_layout
 from .start import starting_generator
 from .teacher_forcing import Film, draw_gaps, frame_positions
@@ -182,6 +183,15 @@ class DiffusionTask:
         self.clips.restore(state["clips"])
         if self.recycler is not None and "errors" in state:
             self.recycler.load_state_dict(state["errors"])
+
+    def merged(self, states: Sequence[dict]) -> dict:
+        """For a run that goes on on other ranks: what all ranks of the old one kept, as a state that this rank can restore."""
+        own = states[0]
+        if "errors" not in own:
+            return own
+        shares = own["errors"][LATENT]["ranks"]
+        first = self.mesh.dp_rank % (len(states) // shares) * shares
+        return own | {"errors": merged_states([states[rank]["errors"] for rank in range(first, first + shares)])}
 
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
         metadata = {"trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed)}
