@@ -37,7 +37,7 @@ MOST_MOTION = 2.0  # a single chunk counts at most this much, so that one wild c
 class DriftMeter:
     """Feed it the chunks of one film in order; `curve` makes rows of it. `every`: read only each n-th chunk, for very long films.
 
-    identity: share of characters seen in the colour and shape in which they were first seen, from their second chunk on.
+    identity: share of characters seen in the colour and shape in which they were first seen, in all shots after that one.
     tone: 1 at the told colour, falling to 0 at 85 levels of RGB distance, where a pixel is no longer that colour; 0 for who is not seen.
     sharpness, saturation: slope of the steepest edges and mean chroma, over those of the truth.
     motion: movement over that of the truth, at most 2; chunks whose truth stands still do not count.
@@ -51,7 +51,7 @@ class DriftMeter:
     chunk: int = 0
     _sums: dict[int, dict[str, float]] = field(default_factory=dict)
     _counts: dict[int, dict[str, int]] = field(default_factory=dict)
-    _first: dict[Character, tuple[str, str]] = field(default_factory=dict)
+    _first: dict[Character, tuple[int, tuple[str, str]]] = field(default_factory=dict)
     _tail: torch.Tensor | None = None
 
     def __post_init__(self):
@@ -81,16 +81,18 @@ class DriftMeter:
             counts[name] = counts.get(name, 0) + 1
 
     def _characters(self, truth: ShotTruth, reading: ShotReading) -> dict[str, float]:
-        """`identity` and `tone` of one chunk; `identity` is missing when all of its characters appear for the first time."""
+        """`identity` and `tone` of one chunk; `identity` is missing when all of its characters are in their first shot."""
         pairs = dict(match(truth, reading))
         same, tones = [], []
         for r, role in enumerate(truth.roles):
             seen = reading.characters[pairs[r]] if r in pairs else None
             look = None if seen is None else (seen.colour, seen.shape)
-            if role.character in self._first:
-                same.append(look == self._first[role.character])
+            shot = self._shots[self.chunk]
+            since, first = self._first.get(role.character, (shot, look))
+            if since < shot:
+                same.append(look == first)
             elif look is not None:
-                self._first[role.character] = look
+                self._first[role.character] = (since, first)
             away = math.inf if seen is None else math.dist(seen.rgb, PALETTE[COLOURS.index(role.character.colour)])
             tones.append(max(0.0, 1 - away / perception.PALETTE_REACH))
         values = {"tone": sum(tones) / len(tones)}
