@@ -1,0 +1,105 @@
+"""Training from videos on two ranks that share every sample: the steps of one rank, in float32; and both ways of encoding a clip together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from train_toys import losses, shrink_tiny, training, write_vae
+
+from longlive.config import load_config
+from longlive.data.encoding import encode_frames
+from longlive.data.samples import to_pixels
+from longlive.models.light_vae import read_codec
+from longlive.models.weights import read_state
+from longlive.parallel.halo import encode_window, halo_windows
+from longlive.parallel.mesh import Mesh
+from longlive.train import RunOptions, run
+from longlive.train.memory import training_memory
+from longlive.train.shared_encode import encode_shared, whole_samples
+
+CASES = {
+    "i2v, copies, padding": [
+        "algorithm.i2v=true", "training.noisy_copies=2", "data.image_or_video_shape=[1,32,48,2,4]", "data.allow_padding=true",
+        "training.gradient_accumulation_steps=2", "infra.gradient_checkpointing=true",
+    ],
+    "batch of two, own errors": [
+        "training.batch_size=2", "training.error_recycling.enabled=true", "training.error_recycling.max_size_per_bucket=4",
+        "training.error_recycling.clean_prob=0.0", "training.error_recycling.skip_block_0=true", "infra.sharding_strategy=no_shard",
+    ],
+}  # fmt: skip
+HALO = 3
+
+
+def config(places, name, *changes):
+    return load_config(training(*places), [*CASES[name], "training.beta1=0.9", "training.max_iters=2", *changes])
+
+
+def frames(batch, film):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 1 + 4 * (film - 1), 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+def on_two_ranks(places, folder):
+    shrink_tiny()
+    codec, mesh = read_codec(places[1]), Mesh.launch(2, "cpu")
+    latents = [encode_shared(codec, frames(batch, film), mesh, HALO) for batch, film in ((1, 16), (3, 6))]
+    for number, name in enumerate(CASES):
+        run(config(places, name, "infra.sequence_parallel_size=2"), folder / f"shared{number}", RunOptions(auto_resume=False, save=False))
+    return latents
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    from longlive.cli.app import app
+    from longlive.cli.app import run as command
+
+    folder = tmp_path_factory.mktemp("ranks")
+    assert command(app, ["world", "export", str(folder / "videos"), "--clips", "2", "--chunks", "2", "--max-shots", "2", "--seed", "1"]) == 0
+    places = folder / "videos", write_vae(folder)
+    return places, folder, run_ranks(on_two_ranks, 2, folder, places, folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_take_the_steps_of_one(shared, name, tmp_path, monkeypatch):
+    from longlive.models import spec
+
+    places, folder, _ = shared
+    monkeypatch.setitem(spec.MODELS, "tiny", spec.TINY)
+    shrink_tiny()
+    run(config(places, name), tmp_path, RunOptions(auto_resume=False, save=False))
+    both = folder / f"shared{list(CASES).index(name)}"
+    for own, alone in zip(losses(both), losses(tmp_path), strict=True):
+        assert own == pytest.approx(alone, rel=2e-5, abs=2e-6)
+    weights, expected = (read_state(place / "raw-00001-of-00001.safetensors").tensors for place in (both, tmp_path))
+    for parameter in expected:
+        torch.testing.assert_close(weights[parameter], expected[parameter], rtol=1e-4, atol=2e-5, msg=lambda m: f"{parameter}: {m}")
+
+
+def test_clips_are_encoded_together(shared):
+    """One clip in windows, each after its halo; three clips whole, two of them on one rank."""
+    places, _, ranks = shared
+    codec, clip = read_codec(places[1]), frames(1, 16)
+    windows = halo_windows(16, 2, HALO)
+    parts = [encode_window(codec, to_pixels(clip[:, w.raw_start : w.raw_end], "cpu"), w) for w in windows]
+    for in_windows, whole in ranks:
+        torch.testing.assert_close(in_windows, torch.cat(parts, dim=1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole, encode_frames(codec, frames(3, 6)), rtol=0, atol=0)
+
+
+def test_the_cheaper_way_is_taken():
+    assert not whole_samples(1, halo_windows(96, 4, 28)) and whole_samples(4, halo_windows(96, 4, 28))
+    assert whole_samples(1, halo_windows(16, 2, 28))
+
+
+def test_sharing_a_sample_divides_activations_and_sharding_states():
+    def estimate(world, *changes):
+        settings = load_config(training(Path("data"), Path("vae")), list(changes))
+        return training_memory(settings, dims, 10**6, None, umt5=False, frames=16, world=world, mixed=False)
+
+    from train_toys import DIT as dims
+
+    alone, four = estimate(1), estimate(4, "infra.sequence_parallel_size=2", "infra.sharding_strategy=full")
+    assert alone.states == 16e6 and four.states == 4e6 and four.activations == alone.activations / 2
+    assert estimate(4, "infra.sharding_strategy=no_shard", "training.ema_weight=0.9").states == 20e6
+    assert estimate(1, "infra.gradient_checkpointing=true").activations < alone.activations
