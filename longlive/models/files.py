@@ -119,10 +119,19 @@ def _open_sharded(folder: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
     sizes = sharded_sizes(folder)
     groups = {entry: {n.removeprefix(f"{entry}."): s for n, s in sizes.items() if n.startswith(f"{entry}.")} for entry in TRAINED}
     try:
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not complete: {RUN_FILE} cannot be read ({error}); take another checkpoint") from None
+        run = run_record(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}); take another checkpoint") from None
     return {entry: _Group(folder, entry, found) for entry, found in groups.items() if found}, {"trainer": run["trainer"], "step": run["step"]}, False
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """run.json of a training checkpoint. Raises OSError, ValueError or KeyError where it, or a file that it lists, is missing or of another size."""
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    for name, size in run["files"].items():
+        if (found := (folder / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found} bytes of {size}")
+    return run
 
 
 def sharded_sizes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -31,7 +31,7 @@ from torch import nn
 
 from ..core.errors import CheckpointError, InputError
 from ..core.log import logger
-from ..models.files import RUN_FILE, read_sharded, sharded_sizes
+from ..models.files import RUN_FILE, read_sharded, run_record, sharded_sizes
 from .state import OPTIMIZER, Optimizers, optimizer_targets, optimizer_tensors, set_optimizer
 
 SINGLE_FILE = "model.pt"
@@ -143,13 +143,9 @@ class Writer:
 def read_run(folder: Path, trainer: str) -> dict:
     """run.json of a complete checkpoint. Raises CheckpointError for one that is damaged or of another trainer."""
     try:
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in run["files"]}
+        run = run_record(folder)
     except (OSError, ValueError, KeyError) as error:
         raise damaged(folder, str(error)) from error
-    for name, size in run["files"].items():
-        if sizes[name] != size:
-            raise damaged(folder, f"{name} has {sizes[name]} bytes of {size}")
     if run["trainer"] != trainer:
         raise CheckpointError(f"{folder} was written by trainer {run['trainer']!r}, not {trainer!r}; use another --logdir or --no-auto-resume")
     return run
