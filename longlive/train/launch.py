@@ -18,6 +18,7 @@ from ..core.errors import InputError
 from ..core.log import launch_rank, logger
 from ..parallel.data_parallel import Replicas
 from ..parallel.mesh import Mesh
+from .failure import together
 from .trainer import LoopSettings, Task
 
 CONFIG_FILE = "config.yaml"
@@ -50,6 +51,7 @@ def loop_settings(config: Config, save: bool) -> LoopSettings:
         max_steps=t.max_iters,
         max_seconds=t.max_seconds,
         checkpoint_every=t.log_iters,
+        evaluate_every=max(0, config.evaluation.interval),
         keep=t.max_checkpoints,
         seed=config.logging.seed,
         save=save,
@@ -71,7 +73,7 @@ def training_device(name: str, local_rank: int) -> torch.device:
 
 @contextmanager
 def launch(config: Config, task_class: Callable[[Config, torch.device, Mesh], Task], logdir: Path | None, *, resume: bool = False) -> Iterator[Launched]:
-    """Joins the other processes, draws the seed and makes the task; leaves the processes at the end.
+    """Joins the other processes, draws the seed and makes the task; leaves the processes at the end. A rank that fails inside ends all.
 
     `logdir` gets the configuration with the seed; with `resume` a seed that an earlier run drew there is taken again. None: nothing is written.
     """
@@ -80,16 +82,17 @@ def launch(config: Config, task_class: Callable[[Config, torch.device, Mesh], Ta
     if replicas.rank:
         logger.setLevel(logging.WARNING)
     try:
-        device = training_device(config.inference.device, replicas.local_rank)
-        mesh = Mesh.launch(config.infra.sequence_parallel_size, device_type)
-        config = config.with_overrides([f"logging.seed={_seed(config, logdir if resume else None, replicas)}"])
-        if logdir is not None:
-            write_config(config, logdir)
-        task = task_class(config, device, mesh)
-        count = sum(p.numel() for p in task.module.parameters())
-        ranks = f"{replicas.size} process(es) = dp {mesh.dp_size} x sp {mesh.sp_size}"
-        logger.info("trainer %s: %.2f M parameters on %s, %s, seed %d", task.name, count / 1e6, device, ranks, config.logging.seed)
-        yield Launched(config, device, mesh, replicas, task)
+        with together(replicas):
+            device = training_device(config.inference.device, replicas.local_rank)
+            mesh = Mesh.launch(config.infra.sequence_parallel_size, device_type)
+            config = config.with_overrides([f"logging.seed={_seed(config, logdir if resume else None, replicas)}"])
+            if logdir is not None:
+                write_config(config, logdir)
+            task = task_class(config, device, mesh)
+            count = sum(p.numel() for p in task.module.parameters())
+            ranks = f"{replicas.size} process(es) = dp {mesh.dp_size} x sp {mesh.sp_size}"
+            logger.info("trainer %s: %.2f M parameters on %s, %s, seed %d", task.name, count / 1e6, device, ranks, config.logging.seed)
+            yield Launched(config, device, mesh, replicas, task)
     finally:
         replicas.leave()
 
