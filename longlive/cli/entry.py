@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import InputError, NotAvailable
+from ..core.errors import InputError
 from .app import OVERRIDES, split_overrides
 from .scripts import script
 
@@ -45,8 +45,6 @@ def train_script(
 
     overrides = split_overrides(ctx.args) + (["evaluation.interval=0"] if no_visualize else [])
     config = load_config(config_path, overrides)
-    if generate_before_train:
-        raise NotAvailable("--generate-before-train", "generate films of a checkpoint with inference.py")
     report_to_stderr()
     if dry_run:
         rehearsal(config)
@@ -54,6 +52,7 @@ def train_script(
     options = RunOptions(
         auto_resume=bool(logdir) and not no_auto_resume,
         save=not no_save,
+        evaluate_only=generate_before_train,
         wandb=not disable_wandb,
         wandb_dir=Path(wandb_save_dir) if wandb_save_dir else None,
     )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..config import Config, availability
 from ..config.show import config_table
 from ..core.errors import InputError, NotAvailable
-from ..core.log import warn_once
 from .launch import launch, loop_settings, write_config
 from .rehearsal import Rehearsal
 from .trainer import Loop
@@ -21,10 +21,11 @@ from .trainer import Loop
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What the command line decides about a run, apart from its configuration."""
+    """What the command line decides about a run, apart from its configuration. `evaluate_only`: one evaluation of the weights, no step."""
 
     auto_resume: bool = True
     save: bool = True
+    evaluate_only: bool = False
     wandb: bool = False
     wandb_dir: Path | None = None
 
@@ -33,7 +34,7 @@ def _run_task(task_class: Callable) -> Callable[[Config, Path, RunOptions], dict
     def run_task(config: Config, logdir: Path, options: RunOptions) -> dict[str, float]:
         from .tracking import trackers
 
-        with launch(config, task_class(), logdir, resume=options.auto_resume) as ready:
+        with launch(config, task_class(logdir), logdir, resume=options.auto_resume) as ready:
             first = ready.replicas.rank == 0
             loop = Loop(
                 ready.task,
@@ -45,21 +46,24 @@ def _run_task(task_class: Callable) -> Callable[[Config, Path, RunOptions], dict
                 auto_resume=options.auto_resume,
                 tracker=trackers(ready.config, logdir, wandb=options.wandb, wandb_dir=options.wandb_dir) if first else None,
             )
+            if options.evaluate_only:
+                loop.evaluate()
+                return {}
             return loop.fit()
 
     return run_task
 
 
-def _vae() -> type:
+def _vae(logdir: Path | None) -> Callable:
     from .vae import VAETask
 
     return VAETask
 
 
-def _diffusion() -> type:
+def _diffusion(logdir: Path | None) -> Callable:
     from .diffusion import DiffusionTask
 
-    return DiffusionTask
+    return partial(DiffusionTask, logdir=logdir)
 
 
 def _judge(config: Config, logdir: Path, options: RunOptions) -> dict[str, float]:
@@ -87,8 +91,8 @@ def run(config: Config, logdir: Path, options: RunOptions = RunOptions()) -> dic
     Returns the last measurements. Raises Interrupted (exit code 130) when asked to stop, after saving.
     """
     availability(config, "train")
-    if config.evaluation.interval > 0:
-        warn_once("films during training (evaluation.interval) are not made yet; generate them from the weights in --logdir")
+    if options.evaluate_only and not (config.algorithm.trainer == "diffusion" and config.evaluation.interval > 0):
+        raise InputError("one evaluation needs trainer: diffusion and an evaluation.interval above 0; set them, or generate films with inference.py")
     return TRAINERS[config.algorithm.trainer](config, Path(logdir), options)
 
 
@@ -102,4 +106,4 @@ def rehearse(config: Config) -> Rehearsal:
     availability(config, "train")
     if config.algorithm.trainer != "diffusion":
         raise InputError(f"a dry run is for trainer diffusion, not {config.algorithm.trainer}; train it with training.max_iters=1 in a folder of its own")
-    return rehearse_diffusion(config, _diffusion())
+    return rehearse_diffusion(config, _diffusion(None))

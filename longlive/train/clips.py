@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..config.root import Config
-from ..models.spec import DiTDims, ModelSpec, VAEDims
+from ..models.codec import VideoCodec
+from ..models.spec import DiTDims, ModelSpec
 from ..models.text import TextEncoder
 from ..models.wan_dit import text_rows
 from ..parallel.mesh import Mesh
@@ -50,9 +51,10 @@ class Words(NamedTuple):
 
 
 class FrozenParts(NamedTuple):
-    """The networks besides the trained one: the VAE's sizes, if clips are encoded here, and whether UMT5 is on this device."""
+    """The networks besides the trained one, None where clips and words come from shards; `umt5`: the text encoder is UMT5, on this device."""
 
-    vae: VAEDims | None
+    codec: VideoCodec | None
+    text: TextEncoder | None
     umt5: bool
 
 

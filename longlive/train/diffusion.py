@@ -21,11 +21,12 @@ from ..cache.attend import visible_tensor
 from ..config.root import Config
 from ..diffusion.flow import TrainTable, train_table
 from ..engine.pipeline import rollout_settings
-from ..models.spec import model_spec
+from ..models.spec import ModelSpec, model_spec
 from ..parallel.apply import Plan, apply
 from ..parallel.mesh import Mesh, check_heads
 from .clips import Clips, ClipSource, Words, open_clips
 from .compiled import checkpoint_blocks, compile_blocks
+from .evaluate import Evaluator
 from .export import save_generator
 from .film_step import FilmStep
 from .objective import FlowTarget, augmentation_range, draw_indices, flow_target, know_first_frames, mix, per_frame
@@ -53,11 +54,11 @@ class DiffusionBatch:
 
 
 class DiffusionTask:
-    """Trains a WanDiT by teacher forcing. Satisfies `trainer.Task`. Data are opened before weights are read."""
+    """Trains a WanDiT by teacher forcing. Satisfies `trainer.Task`. Data are opened before weights are read. `logdir` gets films, where they are asked for."""
 
     name = "diffusion"
 
-    def __init__(self, config: Config, device: torch.device, mesh: Mesh):
+    def __init__(self, config: Config, device: torch.device, mesh: Mesh, logdir: Path | None = None):
         spec = model_spec(config.model_kwargs.model_name)
         self.config, self.settings, self.device, self.mesh = config, config.training, device, mesh
         self.rollout = rollout_settings(config)  # the window and positions that generation will use, which training imitates
@@ -72,6 +73,7 @@ class DiffusionTask:
         self.module: nn.Module = module
         self.clips.load(module.dims)
         self.recycler = recycler(config, self.clips.frames // config.chunk_frames, mesh, device)
+        self.evaluator = self._evaluator(spec, logdir) if logdir is not None and config.evaluation.interval > 0 else None
         plan = Plan(
             blocks=spec.block_patterns,
             entries=spec.entry_patterns,
@@ -82,6 +84,14 @@ class DiffusionTask:
             compile=compile_blocks if self.settings.compile else None,
         )
         apply(self.module, device, plan)
+
+    def _evaluator(self, spec: ModelSpec, logdir: Path) -> Evaluator:
+        """It uses the frozen networks of the run where they are large, and as generation has them."""
+        parts, lent = self.clips.frozen_parts(), spec.folder and not self.settings.compile
+        own = {"codec": parts.codec, "text_encoder": parts.text} if lent else {}
+        evaluator = Evaluator(self.config, logdir, self.device, self.mesh, **own)
+        evaluator.check()
+        return evaluator
 
     def warm_up(self) -> Iterator[DiffusionBatch]:
         """Whatever the data need first, then two batches: the first compiles, the second shows that nothing compiles again."""
@@ -192,6 +202,10 @@ class DiffusionTask:
         shares = own["errors"][LATENT]["ranks"]
         first = self.mesh.dp_rank % (len(states) // shares) * shares
         return own | {"errors": merged_states([states[rank]["errors"] for rank in range(first, first + shares)])}
+
+    def evaluate(self, step: int, ema: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Films, held-out loss and scores. Every rank must call it; only for a task with a `logdir` and `evaluation.interval`."""
+        return self.evaluator.run(self.module, ema, step)
 
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
         metadata = {"trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed)}

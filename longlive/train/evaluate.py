@@ -92,6 +92,13 @@ class Evaluator:
         """Whether the configuration asks for an evaluation after this many steps."""
         return self.config.evaluation.interval > 0 and step > 0 and step % self.config.evaluation.interval == 0
 
+    def check(self) -> None:
+        """Raises InputError, before a run rather than at its first evaluation, where there are no prompts to make films of or no VAE to show them."""
+        self._plans()
+        vae = training_vae(self.config, self.spec)
+        if self.codec is None and not vae.exists():
+            raise InputError(f"evaluation needs the VAE {vae}, which is missing; put it there, or set evaluation.interval: 0")
+
     def run(self, module: nn.Module, ema: Mapping[str, torch.Tensor], step: int) -> dict[str, float]:
         """Numbers for the metrics, equal on every rank; films are in LOGDIR/evaluation/step_{step:06d}/. Every rank must call it.
 

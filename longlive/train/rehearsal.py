@@ -61,7 +61,8 @@ def _estimate(ready: Launched) -> TrainingMemory:
     parameters = sum(p.numel() for p in task.module.parameters())
     parts = task.clips.frozen_parts()
     mixed = config.infra.mixed_precision and ready.device.type == "cuda"
-    return training_memory(config, task.module.dims, parameters, parts.vae, umt5=parts.umt5, frames=task.clips.frames, world=ready.replicas.size, mixed=mixed)
+    vae = None if parts.codec is None else parts.codec.vae.dims
+    return training_memory(config, task.module.dims, parameters, vae, umt5=parts.umt5, frames=task.clips.frames, world=ready.replicas.size, mixed=mixed)
 
 
 def _about(ready: Launched) -> tuple[tuple[str, str], ...]:

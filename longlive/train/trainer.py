@@ -202,7 +202,7 @@ class Loop:
             if asked:
                 self._stop()
             if settings.evaluate_every and self.state.step % settings.evaluate_every == 0:
-                start += self._evaluate()
+                start += self.evaluate()
             if self.small and elapsed - saved > WEIGHTS_EVERY:
                 saved = elapsed
                 self._export()
@@ -259,7 +259,7 @@ class Loop:
             self.files.wait()
             raise LongLiveError(self.skipped.message())
 
-    def _evaluate(self) -> float:
+    def evaluate(self) -> float:
         """Measures, leaving the next step as it would have been. Returns the seconds it took, which are not on the training clock."""
         if not isinstance(self.task, Evaluates):
             return 0.0

@@ -60,7 +60,7 @@ class VideoClips:
         self.text = PaddedText(dims, self._text_encoder(dims), dtype, self.device)
 
     def _text_encoder(self, dims: DiTDims) -> TextEncoder:
-        if isinstance(self.source, ShardSource) and self.source.index.text is not None:
+        if self._stored_words():
             stored = StoredText(self.config.data.data_path, self.device)
             if (stored.text_dim, stored.text_len) != (dims.text_dim, dims.text_len):
                 theirs, ours = f"{stored.text_dim} x {stored.text_len}", f"{dims.text_dim} x {dims.text_len}"
@@ -71,9 +71,12 @@ class VideoClips:
         return text_encoder(self.spec, device=self.device, dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
     def frozen_parts(self) -> FrozenParts:
-        stored = isinstance(self.source, ShardSource) and self.source.index.text is not None
+        stored = self._stored_words()
         umt5 = self.spec.text_kind == "umt5-xxl" and not stored and not self.config.infra.text_encoder_cpu_offload
-        return FrozenParts(None if self.codec is None else self.codec.vae.dims, umt5)
+        return FrozenParts(self.codec, None if stored else self.text.encoder, umt5)
+
+    def _stored_words(self) -> bool:
+        return isinstance(self.source, ShardSource) and self.source.index.text is not None
 
     def prepare(self) -> None:
         pass

@@ -55,7 +55,7 @@ class WorldClips:
         )
 
     def frozen_parts(self) -> FrozenParts:
-        return FrozenParts(self.bank.codec.vae.dims, umt5=False)
+        return FrozenParts(self.bank.codec, self.bank.prompts.text.encoder, umt5=False)
 
     def prepare(self) -> None:
         """Fills the bank."""

@@ -97,11 +97,15 @@ def test_the_documented_commands_train_the_model_in_its_documented_places(places
     documented_places.write(tmp_path)
     monkeypatch.chdir(tmp_path)
     over = [f"data.data_path={places[0]}", "data.image_or_video_shape=[1,16,48,4,4]", "infra.sequence_parallel_size=1", "training.max_iters=2"]
-    over += ["model_num_heads=2", "evaluation.interval=0", "data.num_workers=1"]
+    over += ["model_num_heads=2", "data.num_workers=1"]
+    (tmp_path / "held_out").symlink_to(places[0])
+    films = ["data.eval_data_path=held_out", "evaluation.interval=2", "evaluation.num_frames=8", "evaluation.use_ema=false", "inference.sampling_steps=1"]
     configs = documented_places.ROOT / "configs"
     flags = ["--wandb-save-dir", "wandb", "--disable-wandb", "--no-auto-resume"]
-    assert command(entry.train, ["--config_path", str(configs / "train_i2v_ar.yaml"), "--logdir", "logs/i2v", *flags, *over]) == 0
+    assert command(entry.train, ["--config_path", str(configs / "train_i2v_ar.yaml"), "--logdir", "logs/i2v", *flags, *over, *films]) == 0
     assert len(losses(tmp_path / "logs/i2v")) == 2
+    (row,) = [json.loads(line) for line in (tmp_path / "logs/i2v/evaluations.jsonl").read_text().splitlines()]
+    assert row["step"] == 2 and row["val_loss"] > 0 and len(list((tmp_path / "logs/i2v/evaluation/step_000002").glob("film_*.mp4"))) == 2
     trained = read_state(tmp_path / "logs/i2v/raw-00001-of-00001.safetensors").tensors
     start = read_state(tmp_path / "wan_models/Wan2.2-TI2V-5B/diffusion_pytorch_model.safetensors").tensors
     assert trained.keys() == start.keys() and all(t.dtype == torch.float32 for t in trained.values())
@@ -110,7 +114,7 @@ def test_the_documented_commands_train_the_model_in_its_documented_places(places
 
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
-    assert command(entry.train, ["--config_path", str(configs / "train_ar.yaml"), "--logdir", "logs/ar", "--dry-run", *over]) == 0
+    assert command(entry.train, ["--config_path", str(configs / "train_ar.yaml"), "--logdir", "logs/ar", "--dry-run", *over, *films]) == 0
     report = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     expected = ["2 folders of", "16 latent frames = 61 frames of 64 x 64, 2 chunks", "1 = dp 1 x sp 1", "weights, gradients, optimizer, EMA", "one step"]
@@ -131,6 +135,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(places, tmp_path, monkeyp
     base = ["model_kwargs.model_name=Wan2.2-TI2V-5B", "model_kwargs.num_frame_per_block=8"]
     refused(InputError, "wan_models/Wan2.2-TI2V-5B", *base)
     refused(InputError, "data.data_path is not set", *base, "data.data_path=null")
+    refused(InputError, "nowhere.txt", "evaluation.interval=100", "data.eval_data_path=nowhere.txt")
     with pytest.raises(InputError, match="a dry run is for trainer diffusion, not vae"):
         rehearse(load_config({"model_kwargs": {"model_name": "tiny"}, "algorithm": {"trainer": "vae"}}))
     with pytest.raises(InputError, match=r"sequence parallelism .* of trainer vae"):
