@@ -1,15 +1,35 @@
 #!/bin/sh
-# One leg of the small model's training, as docs/recipes/tiny.md describes it: benchmarks/tiny_legs.sh vae|ar1|ar2 OUT [key=value ...]
-# ar1 takes the VAE from OUT/vae when it is there, ar2 the weights from OUT/ar1; otherwise those that ship with the package, and none.
+# The small model's weights, leg by leg, as docs/recipes/tiny.md describes them: benchmarks/tiny_legs.sh OUT [leg ...]
+# Legs: vae1 vae2 judge ar1 ar2 ar3 ar4 ar5; none named: all, in order. Every leg is one command of less than ten minutes and starts from the files of the
+# legs before it in OUT. GPUS (default 4) processes train a leg of several; seconds of training, seeds and settings are those of the shipped weights.
+# SCALE divides the seconds and the stories, for a rehearsal: SCALE=100.
 set -eu
-leg=$1; out=$2; shift 2
-PYTHONUNBUFFERED=1; export PYTHONUNBUFFERED
-vae=; [ -f "$out/vae/vae.safetensors" ] && vae="checkpoints.vae_ckpt=$out/vae/vae.safetensors"
-start=$(ls "$out"/ar1/raw-00001-of-*.safetensors 2>/dev/null | head -n 1 || true)
-train() { config=$1; shift; python3 -m longlive train "configs/tiny/$config" --logdir "$out/$leg" --disable-wandb --no_save "$@"; }
-case $leg in
-  vae) train train_vae.yaml "$@" ;;
-  ar1) train train_ar.yaml $vae training.lr_schedule=constant "$@" ;;
-  ar2) train train_ar.yaml $vae ${start:+checkpoints.generator_ckpt=$start} world.seed=2 logging.seed=2 training.lr=8.0e-4 "$@" ;;
-  *) echo "unknown leg $leg (vae, ar1, ar2)" >&2; exit 2 ;;
-esac
+out=$1; shift
+[ $# -gt 0 ] || set -- vae1 vae2 judge ar1 ar2 ar3 ar4 ar5
+gpus=${GPUS:-4}; scale=${SCALE:-1}; export PYTHONUNBUFFERED=1
+
+leg() { # name config processes seconds key=value ...
+  name=$1 config=$2 processes=$3 seconds=$(($4 / scale)); shift 4
+  launch="python3 -m"; [ "$processes" -gt 1 ] && launch="torchrun --standalone --nproc_per_node=$processes -m"
+  $launch longlive train "configs/tiny/$config" --logdir "$out/$name" --disable-wandb --no_save training.max_seconds="$seconds" "$@"
+}
+ema() { echo "checkpoints.generator_ckpt=$out/$1/dit-00001-of-00002.safetensors"; }
+raw() { echo "checkpoints.generator_ckpt=$out/$1/raw-00001-of-00003.safetensors"; }
+half=$(((gpus + 1) / 2)); early="checkpoints.vae_ckpt=$out/vae1/vae.safetensors" late="checkpoints.vae_ckpt=$out/vae2/vae.safetensors"
+adamw="training.optimizer=adamw training.weight_decay=0.0 world.memory=0 world.away=0.25 world.wordings=1 training.batch_size=8 world.clips=$((2200 / scale))"
+for step in "$@"; do
+  case $step in
+    vae1) leg vae1 train_vae.yaml 1 430 vae.mask_weight=4 vae.mse_weight=2 ;;
+    vae2) leg vae2 train_vae.yaml "$half" 340 checkpoints.vae_ckpt="$out/vae1/vae.safetensors" logging.seed=2 world.seed=2 training.lr=7.0e-4 ;;
+    judge) leg judge train_judge.yaml 1 75 ;;
+    ar1) leg ar1 train_ar.yaml "$gpus" 400 $early $adamw training.lr_schedule=constant training.character_weight=4 ;;
+    ar2) leg ar2 train_ar.yaml "$gpus" 455 $early $adamw "$(ema ar1)" world.seed=2 logging.seed=2 training.character_weight=6 ;;
+    ar3) leg ar3 train_ar.yaml "$half" 440 $early $adamw "$(ema ar2)" world.seed=3 logging.seed=3 training.character_weight=6 training.lr=6.0e-4 \
+      training.lr_schedule=constant ;;
+    ar4) leg ar4 train_ar.yaml "$half" 430 $late "$(ema ar3)" world.seed=4 logging.seed=4 training.batch_size=8 training.lr_schedule=constant \
+      world.clips=$((2600 / scale)) world.memory=0.3 ;;
+    ar5) leg ar5 train_ar.yaml "$gpus" 345 $late "$(raw ar4)" world.seed=5 logging.seed=5 training.batch_size=5 world.clips=$((1500 / scale)) \
+      world.chunks=12 world.min_shots=3 world.max_shots=6 world.memory=0.4 world.away=0.5 ;;
+    *) echo "unknown leg $step (vae1 vae2 judge ar1 ar2 ar3 ar4 ar5)" >&2; exit 2 ;;
+  esac
+done
