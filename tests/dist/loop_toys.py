@@ -14,8 +14,8 @@ from longlive.train.trainer import Loop, LoopSettings
 CASE = CASES["masked"]
 PLAN = {"blocks": ("blocks.*",), "entries": ("text_embedding",), "recompute": checkpoint_blocks}
 SETTINGS = {
-    "optimizer": "adamw", "lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "max_grad_norm": 0.5, "accumulation": 1, "warmup_steps": 0, "schedule": "cosine",
-    "ema_decay": 0.9, "ema_start_step": 1, "max_steps": 4, "max_seconds": 0.0, "checkpoint_every": 2, "keep": 0, "seed": 3,
+    "optimizer": "adamw", "lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "max_grad_norm": 0.5, "accumulation": 1, "warmup_steps": 0,
+    "schedule": "cosine", "ema_decay": 0.9, "ema_start_step": 1, "max_steps": 4, "max_seconds": 0.0, "checkpoint_every": 2, "keep": 0, "seed": 3,
 }  # fmt: skip
 
 
