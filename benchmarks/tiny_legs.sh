@@ -16,14 +16,15 @@ leg() { # name config processes seconds key=value ...
 ema() { echo "checkpoints.generator_ckpt=$out/$1/dit-00001-of-00002.safetensors"; }
 raw() { echo "checkpoints.generator_ckpt=$out/$1/raw-00001-of-00003.safetensors"; }
 half=$(((gpus + 1) / 2)); early="checkpoints.vae_ckpt=$out/vae1/vae.safetensors" late="checkpoints.vae_ckpt=$out/vae2/vae.safetensors"
-adamw="training.optimizer=adamw training.weight_decay=0.0 world.memory=0 world.away=0.25 world.wordings=1 training.batch_size=8 world.clips=$((2200 / scale))"
+adamw="training.optimizer=adamw training.weight_decay=0.0 world.wordings=1 training.batch_size=8 world.clips=$((2200 / scale))"
+told="world.memory=0 world.away=0.25"
 for step in "$@"; do
   case $step in
     vae1) leg vae1 train_vae.yaml 1 430 vae.mask_weight=4 vae.mse_weight=2 ;;
     vae2) leg vae2 train_vae.yaml "$half" 340 checkpoints.vae_ckpt="$out/vae1/vae.safetensors" logging.seed=2 world.seed=2 training.lr=7.0e-4 ;;
     judge) leg judge train_judge.yaml 1 75 ;;
-    ar1) leg ar1 train_ar.yaml "$gpus" 400 $early $adamw training.lr_schedule=constant training.character_weight=4 ;;
-    ar2) leg ar2 train_ar.yaml "$gpus" 455 $early $adamw "$(ema ar1)" world.seed=2 logging.seed=2 training.character_weight=6 ;;
+    ar1) leg ar1 train_ar.yaml "$gpus" 400 $early $adamw $told training.lr_schedule=constant training.character_weight=4 ;;
+    ar2) leg ar2 train_ar.yaml "$gpus" 455 $early $adamw $told "$(ema ar1)" world.seed=2 logging.seed=2 training.character_weight=6 ;;
     ar3) leg ar3 train_ar.yaml "$half" 440 $early $adamw "$(ema ar2)" world.seed=3 logging.seed=3 training.character_weight=6 training.lr=6.0e-4 \
       training.lr_schedule=constant ;;
     ar4) leg ar4 train_ar.yaml "$half" 430 $late "$(ema ar3)" world.seed=4 logging.seed=4 training.batch_size=8 training.lr_schedule=constant \
