@@ -1,17 +1,18 @@
 """Natural English -> truth: what a storyboard written in the world's words says, so that the judge can score a film of it.
 
 The reverse of `captions.py`, over the same word lists. Words of one character stand together: size, marking, colour, shape, then its verb;
-the first of two characters stands on the left. Where a character stands in pixels is not said, and the judge does not ask.
+the first of two characters stands on the left. A character of an earlier shot may be recalled by its colour alone. Where a character stands in pixels is not said, and the judge does not ask.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from ..core.errors import InputError
 from ..core.story import Storyboard, plan
-from .captions import ACTION_WORDS, CAMERA_NOUNS, CAMERA_WORDS, COLOUR_WORDS, MARKING_WORDS, SETTING_WORDS, SHAPE_WORDS, SIZE_WORDS
+from .captions import ACTION_WORDS, CAMERA_NOUNS, CAMERA_WORDS, COLOUR_WORDS, MARKING_WORDS, RECALLED_WORDS, SETTING_WORDS, SHAPE_WORDS, SIZE_WORDS
 from .story import Character, Role, ShotTruth, WorldStory
 
 PLACES = {1: (160.0,), 2: (92.0, 228.0)}  # home_x by the number of characters, pixels
@@ -34,19 +35,21 @@ ACTION = _meanings({name: [form for pair in pairs for form in pair] for name, pa
 SETTING = _meanings(SETTING_WORDS)
 CAMERA = _meanings(CAMERA_WORDS) | _meanings({name: (noun,) for name, noun in CAMERA_NOUNS.items()})
 
-CHARACTER = re.compile(
-    rf"\b(?:(?P<size>{_either(SIZE)}) )?(?:(?P<before>{_either(BEFORE)}) )?(?P<colour>{_either(COLOUR)}) (?P<shape>{_either(SHAPE)})\b"
-    rf"(?: (?P<after>{_either(AFTER)})\b)? (?:is )?(?P<action>{_either(ACTION)})\b"
+RECALLED = "(?:" + "|".join(re.escape(words).replace(r"\{colour\}", _either(COLOUR)) for words in RECALLED_WORDS) + ")"
+TOLD = (
+    rf"(?:(?P<size>{_either(SIZE)}) )?(?:(?P<before>{_either(BEFORE)}) )?(?P<colour>{_either(COLOUR)}) (?P<shape>{_either(SHAPE)})"
+    rf"(?: (?P<after>{_either(AFTER)}))?"
 )
+CHARACTER = re.compile(rf"\b(?:(?P<again>{RECALLED})|{TOLD}) (?:is )?(?P<action>{_either(ACTION)})\b")
 
 
-def read_shot(prompt: str, chunks: int = 1) -> ShotTruth:
-    """What `prompt` says. Raises InputError that names what is not said in the world's words."""
+def read_shot(prompt: str, chunks: int = 1, known: Sequence[Character] = ()) -> ShotTruth:
+    """What `prompt` says. `known`: the characters of earlier shots, newest last. Raises InputError that names what is not said in the world's words."""
     text = " ".join(prompt.lower().split())
     found = list(CHARACTER.finditer(text))
     if not 1 <= len(found) <= 2:
         raise InputError(f"{prompt[:60]!r} names {len(found)} characters that can be judged; write one or two, such as 'a small red circle bounces'")
-    roles = tuple(_role(match, x) for match, x in zip(found, PLACES[len(found)]))
+    roles = tuple(_role(match, x, known, prompt) for match, x in zip(found, PLACES[len(found)]))
     setting, camera = _one(text, SETTING, "setting", prompt), _one(text, CAMERA, "camera", prompt)
     return ShotTruth(setting=setting, camera=camera, roles=roles, chunks=chunks, offset=0.0, caption=prompt)
 
@@ -55,14 +58,27 @@ def read_story(board: Storyboard, chunks: int | None = None) -> WorldStory:
     """The truth of a whole storyboard, shot by shot; `chunks` as in `core.story.plan`. Raises InputError when a shot cannot be judged."""
     plans = plan(board, chunks)
     lengths = [sum(p.shot == index for p in plans) for index in range(len(board.shots))]
-    shots = tuple(read_shot(shot.prompt, length) for shot, length in zip(board.shots, lengths) if length)
-    return WorldStory(shots=shots, seed=board.seed or 0, split="train")
+    shots: list[ShotTruth] = []
+    for shot, length in zip(board.shots, lengths):
+        if length:
+            shots.append(read_shot(shot.prompt, length, [role.character for told in shots for role in told.roles]))
+    return WorldStory(shots=tuple(shots), seed=board.seed or 0, split="train")
 
 
-def _role(match: re.Match, home_x: float) -> Role:
+def _role(match: re.Match, home_x: float, known: Sequence[Character], prompt: str) -> Role:
+    role = Role(character=_look(match, known, prompt), action=ACTION[match["action"]], home_x=home_x, home_y=HOME_Y, direction=1)
+    return replace(role, known=True, recalled=True) if match["again"] else role
+
+
+def _look(match: re.Match, known: Sequence[Character], prompt: str) -> Character:
+    if match["again"]:
+        colour = COLOUR[re.search(_either(COLOUR), match["again"])[0]]
+        same = [character for character in known if character.colour == colour]
+        if not same:
+            raise InputError(f"{prompt[:60]!r} recalls a {colour} character, but no earlier shot shows one; tell its shape")
+        return same[-1]
     marking = BEFORE.get(match["before"] or "") or AFTER.get(match["after"] or "") or "plain"
-    look = Character(shape=SHAPE[match["shape"]], colour=COLOUR[match["colour"]], size=SIZE.get(match["size"] or "", "medium"), marking=marking)
-    return Role(character=look, action=ACTION[match["action"]], home_x=home_x, home_y=HOME_Y, direction=1)
+    return Character(shape=SHAPE[match["shape"]], colour=COLOUR[match["colour"]], size=SIZE.get(match["size"] or "", "medium"), marking=marking)
 
 
 def _one(text: str, meanings: Mapping[str, str], what: str, prompt: str) -> str:

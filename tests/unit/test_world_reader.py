@@ -46,3 +46,20 @@ def test_durations_come_from_the_plan():
 def test_what_is_not_said_is_named(prompt, what):
     with pytest.raises(InputError, match=what):
         read_shot(prompt)
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_recalled_characters_are_those_of_earlier_shots(split):
+    recalled = 0
+    for seed in range(100):
+        story = sample_story(seed, chunks=8, shots=(2, 5), split=split, memory=0.6, away=0.5)
+        again = read_story(story.storyboard())
+        assert said(again) == said(story), story.shots
+        assert [r.recalled for s in again.shots for r in s.roles] == [r.recalled for s in story.shots for r in s.roles]
+        recalled += sum(r.recalled for s in story.shots for r in s.roles)
+    assert recalled > 50
+
+
+def test_nobody_is_recalled_who_was_not_there():
+    with pytest.raises(InputError, match="recalls a green character"):
+        read_shot("In a meadow, the same green character waits. The camera is fixed.")
