@@ -1,7 +1,8 @@
 """Natural English -> truth: what a storyboard written in the world's words says, so that the judge can score a film of it.
 
 The reverse of `captions.py`, over the same word lists. Words of one character stand together: size, marking, colour, shape, then its verb;
-the first of two characters stands on the left. A character of an earlier shot may be recalled by its colour alone. Where a character stands in pixels is not said, and the judge does not ask.
+the first of two characters stands on the left. A character of an earlier shot may be recalled by its colour alone. Where a character stands in
+pixels is not said, and the judge does not ask.
 """
 
 from __future__ import annotations
