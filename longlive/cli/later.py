@@ -7,7 +7,6 @@ import typer
 from ..core.errors import NotAvailable
 
 LATER = {
-    "export": ("exporting merged or quantised checkpoints with `longlive export`", "use a checkpoint that is already merged"),
     "bench": ("`longlive bench`", "the receipt beside each film holds its timings"),
     "serve": ("the server (`longlive serve`)", "use `longlive generate`"),
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longlive.config import load_config
-from longlive.core.errors import CheckpointError, Interrupted
+from longlive.core.errors import CheckpointError, Interrupted, LongLiveError
 from longlive.models import spec
 from longlive.models.light_vae import read_codec
 from longlive.models.spec import DiTDims, VAEDims
@@ -139,3 +139,60 @@ def test_the_command_refuses_bad_input_with_one_line(tmp_path, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 4 and all(line.startswith("error: ") for line in lines) and "training.lr" in lines[1]
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_checkpoint_is_exported_and_starts_a_new_run(ar_config, tmp_path, capsys):
+    """D13: a new run takes the weights of a checkpoint and neither its step, its optimizer nor its average."""
+    from longlive.cli.app import app
+    from longlive.cli.app import run as command
+
+    run(ar_config.with_overrides(["training.max_iters=2"]), tmp_path / "old")
+    folder = checkpoint.folders(tmp_path / "old")[-1]
+    words = ["export", str(tmp_path / "old")]
+    assert command(app, [*words, str(tmp_path / "a.pt"), "--dtype", "fp32"]) == 0
+    assert command(app, [*words, str(tmp_path / "b.safetensors"), "--ema", "--dtype", "fp32"]) == 0
+    assert command(app, [*words, str(tmp_path / "a.pt")]) == 2 and command(app, [*words, str(tmp_path / "c.bin")]) == 2
+    assert command(app, ["export", str(tmp_path / "a.pt"), str(tmp_path / "d.pt"), "--ema"]) == 2
+    said = capsys.readouterr()
+    assert "step 2, trainer diffusion, weights raw, dtype float32" in said.out and said.err.count("\n") == 3 and "no average" in said.err
+    container = torch.load(tmp_path / "a.pt", weights_only=True)
+    weights, average = read_state(folder).tensors, read_state(folder, use_ema=True).tensors
+    assert all(torch.equal(container["generator"][f"model.{name}"], weights[name]) for name in weights)
+    assert all(torch.equal(tensor, average[name]) for name, tensor in read_state(tmp_path / "b.safetensors").tensors.items())
+    assert any(not torch.equal(weights[name], average[name]) for name in weights)
+    for number, start in enumerate((folder, tmp_path / "a.pt")):
+        logdir = tmp_path / f"new{number}"
+        run(ar_config.with_overrides([f"checkpoints.generator_ckpt={start}", "training.max_iters=1", "training.lr=1e-12"]), logdir)
+        assert list(losses(logdir)) == [1] and json.loads((checkpoint.folders(logdir)[-1] / "run.json").read_text())["step"] == 1
+        after = read_state(checkpoint.folders(logdir)[-1]).tensors
+        assert all(torch.allclose(after[name], weights[name], atol=1e-6) for name in weights)
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_too_many_end_the_run(ar_config, tmp_path, monkeypatch):
+    honest, bad = DiffusionTask.loss, {1}
+
+    def loss(self, batch):
+        value, columns = honest(self, batch)
+        return value * (float("nan") if batch.step in bad else 1.0), columns
+
+    monkeypatch.setattr(DiffusionTask, "loss", loss)
+    run(ar_config.with_overrides(["training.max_iters=3"]), tmp_path / "one")
+    rows = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("skipped", 0) for row in rows] == [0, 1, 0] and rows[1]["loss"] is None and rows[2]["loss"] > 0
+    kept = read_state(checkpoint.folders(tmp_path / "one")[0]).tensors  # after step 2, which was skipped
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    bad.update(range(100))
+    with pytest.raises(LongLiveError, match="gradients of steps 4 to 13 are not finite.*the weights are those of step 3.*training.lr"):
+        run(ar_config.with_overrides(["training.max_iters=50"]), tmp_path / "one")
+
+
+def test_out_of_memory_says_what_to_lower(ar_config, tmp_path, monkeypatch):
+    def loss(self, batch):
+        raise torch.OutOfMemoryError("tried to allocate 80.00 GiB")
+
+    monkeypatch.setattr(DiffusionTask, "loss", loss)
+    with pytest.raises(LongLiveError) as stopped:
+        run(ar_config, tmp_path)
+    said = str(stopped.value)
+    assert "80.00 GiB" in said and "training.batch_size(2)" in said and "image_or_video_shape[1](16 latent frames)" in said
+    assert "gradient_checkpointing: true" in said and "sequence_parallel_size(1)" in said and "\n" not in said
