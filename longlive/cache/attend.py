@@ -17,11 +17,13 @@ import torch
 from ..core.errors import InputError
 from ..core.tokens import Tokens
 from ..ops.attention import attention
+from ..ops.merged_attention import Read, film_attention, part_kernel
 from ..ops.rope import apply_rope, rope_tables
 from .pages import Pages
 from .policy import Window, WindowPolicy, visible_chunks
 
 Tables = tuple[torch.Tensor, torch.Tensor]
+PLAIN = "plain"
 
 
 class Full:
@@ -61,6 +63,10 @@ class TeacherForced:
     where a recache makes the two differ. `relative`: positions count from the oldest visible chunk, as in relative rollouts.
     The layout (`chunk_F`, `noisy_F`, `visible_BCP`) is read on the host, once, here: best kept on the CPU.
     Within a window, neighbouring chunks that read equally many others share one attention call, the clean copy among the others.
+    Over the whole history, `kernel` is an entry of `ops.merged_attention.PART_KERNELS`, "plain" (a call per copy and chunk, keys joined by copying), or
+    "auto": the one that pays on the device and dtype of the queries, else plain. Relative positions and unequal chunks are always plain.
+    `keep_reads`: for blocks whose activations are recomputed. The second call for a layer is taken as the recomputation of the first and reuses what it
+    read, where a kernel of `ops.merged_attention` read it; one strategy then serves one forward and backward.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class TeacherForced:
         committed_BCP: torch.Tensor | None = None,
         t_scale: float = 1.0,
         relative: bool = False,
+        kernel: str = "auto",
     ):
         self.frames = film_frames(tokens)
         self.noisy_copies = tokens.frames // len(self.frames) - 1
@@ -82,12 +89,19 @@ class TeacherForced:
         self.clean = self.noisy if committed_BCP is None else plan.reads(committed_BCP)
         self.chunks = len(bounds)
         self.alike = visible_BCP is not None and committed_BCP is None
+        whole = visible_BCP is None and committed_BCP is None and not relative and len({b - a for a, b in bounds}) == 1
+        self.kernel = kernel if whole else PLAIN
+        self.keep_reads = False
+        self._reads: dict[int, Read] = {}
 
     def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
         if q is None:
             return None
         if self.rope is not None:
             q, k = apply_rope(q, *self.rope), apply_rope(k, *self.rope)
+        kernel = part_kernel(q) or PLAIN if self.kernel == "auto" else self.kernel
+        if kernel != PLAIN:
+            return self._whole_history(q, k, v, layer, kernel)
         split = q.shape[1] // (self.noisy_copies + 1)
         past = (k[:, :split], v[:, :split])
         if self.alike:
@@ -96,6 +110,14 @@ class TeacherForced:
         if self.noisy_copies:
             out.append(self._copies(self.noisy, (q[:, split:], k[:, split:], v[:, split:]), past, self.noisy_copies, clean=False))
         return torch.cat(out, dim=1)
+
+    def _whole_history(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, kernel: str) -> torch.Tensor:
+        keep = self.keep_reads and torch.is_grad_enabled()
+        earlier = self._reads.pop(layer, None) if keep else None
+        out, read = film_attention(q, k, v, streams=self.noisy_copies + 1, chunks=self.chunks, kernel=kernel, read=earlier)
+        if keep and earlier is None:
+            self._reads[layer] = read
+        return out
 
     def _copies(
         self, reads: list[ChunkRead], qkv: tuple[torch.Tensor, ...], past: tuple[torch.Tensor, ...], copies: int, *, clean: bool

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.wan_dit import TextContext, WanDiT
+from ..cache.attend import TeacherForced
+from ..models.wan_dit import Attend, TextContext, WanDiT
 from ..parallel.mesh import Mesh
 from ..parallel.shard import Layout
+from ..parallel.ulysses import Ulysses
 from .compiled import RotatedAhead
 from .objective import FlowTarget, frame_errors, masked_mean, quarter_losses
 from .sharded import sharded_loss, sharded_velocity
@@ -24,21 +26,28 @@ from .teacher_forcing import Film, teacher_forced_velocity
 
 @dataclass(frozen=True)
 class FilmStep:
-    """`rotate_ahead`: rotation is a graph of its own before attention, for compiled blocks."""
+    """`rotate_ahead`: rotation is a graph of its own before attention, for compiled blocks. `keep_reads`: recomputed blocks do not attend again
+    (`cache.attend.TeacherForced`), for the memory of one activation and a log-sum-exp per block."""
 
     mesh: Mesh
     layout: Layout
     rotate_ahead: bool = False
+    keep_reads: bool = False
 
     def velocities(
         self, dit: WanDiT, text: TextContext, film: Film, context: tuple[torch.Tensor, torch.Tensor], flows: Sequence[FlowTarget]
     ) -> list[torch.Tensor]:
         """[B, n, C, H, W] per noisy copy; every rank that shares the film must call it with equal arguments."""
-        wrap = RotatedAhead if self.rotate_ahead else _unchanged
         pairs = [(flow.noisy_BFCHW, flow.sigma_BF) for flow in flows]
         if self.mesh.size == 1:
-            return teacher_forced_velocity(dit, text, film, context, pairs, wrap)
-        return list(sharded_velocity(dit, text, film, context, pairs, self.mesh, self.layout, wrap).chunk(len(pairs), dim=1))
+            return teacher_forced_velocity(dit, text, film, context, pairs, self._strategy)
+        return list(sharded_velocity(dit, text, film, context, pairs, self.mesh, self.layout, self._strategy).chunk(len(pairs), dim=1))
+
+    def _strategy(self, attend: TeacherForced | Ulysses) -> Attend:
+        if self.keep_reads:
+            strategy = attend.attend if isinstance(attend, Ulysses) else attend
+            strategy.keep_reads = True
+        return RotatedAhead(attend) if self.rotate_ahead else attend
 
     def loss(
         self, velocities: Sequence[torch.Tensor], flows: Sequence[FlowTarget], area_BFHW: torch.Tensor | None
@@ -50,6 +59,3 @@ class FilmStep:
         sigma, weight, mask = (torch.cat(parts) for parts in zip(*((flow.sigma_BF, flow.weight_BF, flow.mask_BF) for flow in flows)))
         return masked_mean(errors, weight, mask), quarter_losses(errors.detach(), sigma, mask)
 
-
-def _unchanged(attend):
-    return attend
