@@ -83,12 +83,12 @@ def _codec(settings, spec, device):
     """The VAE that training encodes with, in its precision, and what identifies it."""
     import torch
 
-    from ..models.light_vae import read_codec, vae_place
-    from ..models.shipped import VAE_FILE, asset
+    from ..models.light_vae import read_codec
     from ..models.weights import weights_hash
+    from ..train.start import training_vae
 
     mixed = settings.infra.mixed_precision and device.type == "cuda"
-    path = Path(settings.checkpoints.vae_ckpt or (vae_place() if spec.folder else asset(VAE_FILE)))
+    path = training_vae(settings, spec)
     codec = read_codec(path, spec.vae, device=device, dtype=torch.bfloat16 if mixed else torch.float32)
     return codec, {"weights": weights_hash(path), "dtype": str(codec.dtype).removeprefix("torch."), "file": path.name}
 

@@ -22,5 +22,11 @@ _ROLLOUT = {
 
 RELEASED = {
     "wan2.2-ti2v-5b": {**_ROLLOUT, "inference.sampling_steps": 4},
-    "tiny": {**_ROLLOUT, "inference.sampling_steps": 8, "inference.guidance_scale": 2.5, "inference.negative_prompt": ""},
+    "tiny": {
+        **_ROLLOUT,
+        "inference.sampling_steps": 8,
+        "inference.guidance_scale": 2.5,
+        "inference.negative_prompt": "",
+        "infra.sharding_strategy": "no_shard",  # it fits many times over, and Muon updates whole matrices
+    },
 }

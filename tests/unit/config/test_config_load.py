@@ -243,7 +243,8 @@ def test_what_is_not_available_says_so():
         ({"kv_quant": True}, "generate"),
         ({"torch_compile": True}, "generate"),
         ({"trainer": "score_distillation"}, "train"),
-        ({"training": {"error_recycling": {"enabled": True}}}, "train"),
+        ({"trainer": "vae", "training": {"error_recycling": {"enabled": True}}}, "train"),
+        ({**CHUNK8, "trainer": "vae", "infra": {"sequence_parallel_size": 2}}, "train"),
     ):
         with pytest.raises(NotAvailable, match="not available yet; "):
             availability(load_config(source), purpose)
