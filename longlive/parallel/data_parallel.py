@@ -13,19 +13,21 @@ from ..core.log import launch_rank
 
 @dataclass(frozen=True)
 class Replicas:
-    """This process among its copies. rank 0 writes files; size 1 makes every method free."""
+    """This process among its copies. rank 0 writes files; size 1 makes every method free. `started`: it joined the group, and so it leaves it."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    started: bool = False
 
     @classmethod
     def launch(cls, device_type: str) -> "Replicas":
         """Joins the group that torchrun describes; a plain process is a group of one."""
         rank, size, local_rank = launch_rank()
-        if size > 1 and not dist.is_initialized():
+        started = size > 1 and not dist.is_initialized()
+        if started:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
-        return cls(rank, size, local_rank)
+        return cls(rank, size, local_rank, started)
 
     def average_gradients(self, module: nn.Module) -> None:
         if self.size == 1:
@@ -45,5 +47,5 @@ class Replicas:
         return shared.tolist()
 
     def leave(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if self.started and dist.is_initialized():
             dist.destroy_process_group()
