@@ -18,7 +18,7 @@ import typer
 from .. import __version__
 from ..core.errors import InputError, LongLiveError
 
-GROUPS = ("generate", "storyboard", "decode", "train", "data", "encode", "export", "demo", "world", "eval", "parity", "doctor", "config", "later")
+GROUPS = ("generate", "storyboard", "decode", "train", "data", "encode", "export", "demo", "world", "eval", "parity", "bench", "doctor", "config", "later")
 
 # typer carries its own copy of click in some versions; its public exceptions lead to the right base class in all of them
 _ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")

@@ -7,7 +7,6 @@ import typer
 from ..core.errors import NotAvailable
 
 LATER = {
-    "bench": ("`longlive bench`", "the receipt beside each film holds its timings"),
     "serve": ("the server (`longlive serve`)", "use `longlive generate`"),
 }
 

@@ -58,4 +58,3 @@ class FilmStep:
         errors = torch.cat([frame_errors(v, flow.target_BFCHW, area_BFHW) for v, flow in zip(velocities, flows)])
         sigma, weight, mask = (torch.cat(parts) for parts in zip(*((flow.sigma_BF, flow.weight_BF, flow.mask_BF) for flow in flows)))
         return masked_mean(errors, weight, mask), quarter_losses(errors.detach(), sigma, mask)
-

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "train": BELOW_ENGINE | {"engine", "world"},
     "evaluation": BELOW_ENGINE | {"engine", "world", "train"},
     "serve": BELOW_ENGINE | {"engine"},
+    "bench": BELOW_ENGINE | {"engine", "train"},
 }
 FORBIDDEN_IN_DIT = re.compile(r"\b(dist|sp|sp_\w+|fp8|nvfp4|i2v|cache)\b", re.IGNORECASE)
 MACHINE_PATHS = re.compile("|".join("/" + name + "/" for name in ("work", "farm", "root", "home/[a-z]+")))

@@ -1,0 +1,107 @@
+"""`longlive bench`: figures of speed and memory, each with the hardware, versions and span it belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the record here, after every case.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the `bench` group."""
+    group = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+    ops = typer.Typer(help="Single operations.", no_args_is_help=True)
+    group.command("train")(train)
+    ops.command("attention")(attention)
+    group.add_typer(ops, name="ops")
+    app.add_typer(group, name="bench")
+
+
+def train(
+    model: Annotated[str, typer.Option("--model", help="Whose sizes; weights are random.")] = "wan2.2-ti2v-5b",
+    frames: Annotated[str, typer.Option("--frames", help="Latent frames, with commas.")] = "96,192,384",
+    layouts: Annotated[str, typer.Option("--layouts", help="none, contiguous, balanced; with commas. Default: all, or none for one process.")] = "",
+    layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the network; default: all.")] = None,
+    fallback_layers: Annotated[int | None, typer.Option("--fallback-layers", help="Try a case that runs out of memory again with so many.")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Timed steps of a case.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps before them.")] = 1,
+    case_seconds: Annotated[float, typer.Option("--case-seconds", help="A case takes no further step after so many timed seconds.")] = 60.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="No case begins later.")] = 540.0,
+    window: Annotated[int | None, typer.Option("--window", help="Visible chunks, the own one included; default: the whole history.")] = None,
+    fsdp: Annotated[str, typer.Option("--fsdp", help="full, hybrid_full, hybrid_zero2 or no_shard.")] = "full",
+    recompute: Annotated[str, typer.Option("--recompute", help="Activations: none, blocks, or blocks-keep-reads (do not attend again).")] = "blocks",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
+    profile: Annotated[bool, typer.Option(help="One more step per case: where the kernels' time goes.")] = True,
+    json: JsonOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out cases that FILE has already.")] = False,
+) -> None:
+    """Seconds per training step of the generator, utilisation and peak memory, alone or under torchrun (`torchrun ... -m longlive bench train`)."""
+    from ..bench.train import LAYOUTS, NONE, TrainSettings, bench_train
+    from ..core.errors import InputError
+    from ..core.log import launch_rank
+
+    _check(json)
+    if resume and json is None:
+        raise InputError("--resume goes on with a record; give it with --json FILE")
+    chosen = _words(layouts) or (LAYOUTS if launch_rank()[1] > 1 else (NONE,))
+    settings = TrainSettings(
+        model=model, frames=_numbers("--frames", frames), layouts=chosen, layers=layers, fallback_layers=fallback_layers, steps=steps, warmup=warmup,
+        case_seconds=case_seconds, seconds=seconds, window=window, fsdp=fsdp, recompute=recompute, compile=compile, profile=profile,
+    )  # fmt: skip
+    bench_train(settings, json, _say, resume=resume)
+    if json is not None and launch_rank()[0] == 0:
+        typer.echo(f"wrote {json}")
+
+
+def attention(
+    chunks: Annotated[str, typer.Option("--chunks", help="Lengths of the film, with commas.")] = "12,24",
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a chunk.")] = 7040,
+    heads: Annotated[int, typer.Option("--heads", help="Attention heads.")] = 24,
+    head_dim: Annotated[int, typer.Option("--head-dim", help="Features of a head.")] = 128,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed calls of each way.")] = 5,
+    ways: Annotated[str, typer.Option("--ways", help="merged, plain, flex; with commas.")] = "merged,plain,flex",
+    autotune: Annotated[bool, typer.Option("--autotune", help="Let the compiler try FlexAttention's variants (minutes).")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Teacher-forced self-attention alone: our dense calls against FlexAttention, in turn, forward and with the backward."""
+    from ..bench.attention import AttentionSettings, bench_attention
+
+    _check(json)
+    settings = AttentionSettings(
+        chunks=_numbers("--chunks", chunks), chunk_tokens=tokens, heads=heads, head_dim=head_dim, repeats=repeats, ways=_words(ways), autotune=autotune
+    )
+    bench_attention(settings, json, _say)
+    if json is not None:
+        typer.echo(f"wrote {json}")
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    from ..core.errors import InputError
+
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise InputError(f"{option} {text!r}: whole numbers with commas between them, such as 96,192")
+    return tuple(map(int, words))
+
+
+def _check(path: Path | None) -> None:
+    """Refuses a place that cannot be written to before anything is measured."""
+    from ..core.errors import InputError
+    from ..engine.naming import check_folder
+
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"--json {path} is a folder; give the file to write, such as {path / 'bench.json'}")
+    check_folder(path.parent, "give --json a file in a folder that you may write to")
