@@ -33,20 +33,22 @@ from ..train.optim import EMA, adamw
 from ..train.sharded import film_layout
 from ..train.teacher_forcing import Film, frame_positions
 
-RECOMPUTE = ("none", "blocks", "blocks-keep-reads")
+RECOMPUTE = ("none", "blocks")
+SHARDING = ("full", "hybrid_full", "hybrid_zero2", "no_shard")  # as infra.sharding_strategy
 PROMPT_TOKENS = 128
 SHIFT = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """`recompute`: activations of no block, of every block, or of every block but for what its self-attention read. `window`: visible pages or None."""
+    """`recompute`: activations of no block or of every block; `keep_reads`: in so many blocks but for what self-attention read. `window`: visible pages."""
 
     frames: int
     layout: str
     window: int | None = None
     fsdp: str = "full"
     recompute: str = "blocks"
+    keep_reads: int = 0
     compile: bool = False
 
 
@@ -70,7 +72,7 @@ class TrainingStep:
         self.optimizer = adamw(self.parameters, lr=1e-5, betas=(0.0, 0.999), weight_decay=0.0)
         self.ema = EMA(self.module, 0.99)
         layout = film_layout(settings.frames, self.streams - 1, mesh, settings.layout)
-        self.step = FilmStep(mesh, layout, settings.compile, settings.recompute == "blocks-keep-reads")
+        self.step = FilmStep(mesh, layout, settings.compile, settings.keep_reads if settings.recompute == "blocks" else 0)
         self.replicas = Replicas(rank=0, size=mesh.size)
         self.generator = torch.Generator(device).manual_seed(1000 + mesh.dp_rank)
         self.table = _on(train_table(SHIFT), device)

@@ -22,14 +22,13 @@ from ..core.errors import InputError, LongLiveError
 from ..core.geometry import CHUNK_FRAMES
 from ..models.spec import ModelSpec, model_spec
 from ..parallel.data_parallel import Replicas
-from ..parallel.fsdp import STRATEGIES
 from ..parallel.mesh import Mesh
 from ..parallel.shard import BALANCED, CONTIGUOUS
 from ..train.failure import together
 from ..train.launch import training_device
 from .flops import training_flops, utilisation
 from .record import Record, surroundings
-from .step import RECOMPUTE, StepSettings, TrainingStep
+from .step import RECOMPUTE, SHARDING, StepSettings, TrainingStep
 from .timing import kernel_seconds, timed
 
 NONE = "none"
@@ -38,12 +37,14 @@ PEAK = 989e12  # bfloat16 operations a second of one H100 or H200, dense, by its
 CARD_SHARE = 0.96  # of the memory; equal on all ranks, so that they run out at the same place; the rest is for the libraries
 VOTE = timedelta(seconds=120)
 GIB = 2**30
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """What to measure. `layers`, `fallback_layers`, `window` None: all blocks, no second try after running out of memory, the whole history.
+    """What to measure. `layers`, `keep_reads`, `window` None: all blocks, all of them, the whole history.
 
+    A case that runs out of memory is tried again with half of `keep_reads`, then with none, then with `fallback_layers` blocks (None: not).
     `case_seconds` ends the timed steps of a case early (one is always taken); no case starts after `seconds`.
     """
 
@@ -59,13 +60,14 @@ class TrainSettings:
     window: int | None = None
     fsdp: str = "full"
     recompute: str = "blocks"
+    keep_reads: int | None = None
     compile: bool = False
     profile: bool = True
 
     def check(self, world: int) -> None:
         """Raises InputError for what cannot run on `world` processes."""
         spec = model_spec(self.model)
-        for name, value, known in (("--fsdp", self.fsdp, STRATEGIES), ("--recompute", self.recompute, RECOMPUTE)):
+        for name, value, known in (("--fsdp", self.fsdp, SHARDING), ("--recompute", self.recompute, RECOMPUTE)):
             if value not in known:
                 raise InputError(f"{name} {value!r} is none of {', '.join(known)}")
         for layout in self.layouts:
@@ -80,6 +82,8 @@ class TrainSettings:
         for name, value in (("--layers", self.layers), ("--fallback-layers", self.fallback_layers)):
             if value is not None and not 1 <= value <= spec.dit.layers:
                 raise InputError(f"{name} {value}: the model has 1 to {spec.dit.layers}")
+        if self.keep_reads is not None and self.keep_reads < 0:
+            raise InputError(f"--keep-reads {self.keep_reads} is negative; use 0 or more blocks")
         if self.steps < 1 or self.warmup < 0 or (self.window is not None and self.window < 2):
             raise InputError(f"--steps {self.steps}, --warmup {self.warmup}, --window {self.window}: at least 1, 0 and 2")
 
@@ -135,20 +139,28 @@ class _Bench:
         began = time.perf_counter()
         for frames in sorted(self.settings.frames):
             for layout in self.settings.layouts:
-                layers = self.settings.layers or self.spec.dit.layers
-                status = self._case(frames, layout, layers, began)
-                fewer = self.settings.fallback_layers
-                if status == "out of memory" and fewer is not None and fewer < layers:
-                    self._case(frames, layout, fewer, began)
+                for layers, keep_reads in self._tries():
+                    key = {"frames": frames, "layout": layout, "layers": layers, "keep_reads": keep_reads}
+                    if self._case(key, began) != OUT_OF_MEMORY:
+                        break
         return self.record.cases
 
-    def _case(self, frames: int, layout: str, layers: int, began: float) -> str:
-        key = {"frames": frames, "layout": layout, "layers": layers}
+    def _tries(self) -> list[tuple[int, int]]:
+        """(layers, keep_reads), less memory each time."""
+        s = self.settings
+        layers = s.layers or self.spec.dit.layers
+        keep = min(layers, layers if s.keep_reads is None else s.keep_reads) if s.recompute == "blocks" and not s.window else 0
+        tries = [(layers, keep), *[(layers, k) for k in (keep // 2, 0) if k < keep]]
+        if s.fallback_layers is not None and s.fallback_layers < layers:
+            tries.append((s.fallback_layers, min(keep, s.fallback_layers)))
+        return list(dict.fromkeys(tries))
+
+    def _case(self, key: dict, began: float) -> str:
         # rank 0 reads the record; the clock of the slowest counts
         done, elapsed = self.replicas.maximum(float(self.replicas.rank == 0 and self.record.done(key)), time.perf_counter() - began)
         if done:
             self.report(f"{_name(key)}: in the record already")
-            return "done"
+            return self._status(key)
         if elapsed > self.settings.seconds:
             self.report(f"{_name(key)}: not begun, {elapsed:.0f} s are over (--seconds {self.settings.seconds:g})")
             return "late"
@@ -158,6 +170,11 @@ class _Bench:
         self.record.finish(values)
         self.report(f"{_name(key)}: {_line(values)}")
         return values["status"]
+
+    def _status(self, key: dict) -> str:
+        """How the recorded case ended, on every rank: one that never finished is taken for one without memory."""
+        ended = self.replicas.rank == 0 and any(entry["status"] == "done" for entry in self.record.cases if key.items() <= entry.items())
+        return "done" if self.replicas.maximum(float(ended))[0] else OUT_OF_MEMORY
 
     def _attempt(self, key: dict) -> dict:
         """The entry of a case; running out of memory is one. All ranks agree on which it is."""
@@ -170,7 +187,7 @@ class _Bench:
             failure = (str(error).strip() or "out of memory").splitlines()[0]
         self._vote(key, failure)
         if self.replicas.maximum(float(bool(failure)))[0]:
-            return {"status": "out of memory", "message": failure or "on another rank"}
+            return {"status": OUT_OF_MEMORY, "message": failure or "on another rank"}
         return {"status": "done", **values}
 
     def _vote(self, key: dict, failure: str) -> None:
@@ -189,7 +206,7 @@ class _Bench:
         dims = replace(self.spec.dit, layers=key["layers"])
         options = StepSettings(
             frames=key["frames"], layout=BALANCED if key["layout"] == NONE else key["layout"],
-            window=s.window, fsdp=s.fsdp, recompute=s.recompute, compile=s.compile,
+            window=s.window, fsdp=s.fsdp, recompute=s.recompute, keep_reads=key["keep_reads"], compile=s.compile,
         )  # fmt: skip
         step = TrainingStep(self.spec, dims, options, mesh, self.device)
         prepared = time.perf_counter() - began
@@ -245,7 +262,7 @@ def _release(device: torch.device) -> None:
 
 
 def _name(key: dict) -> str:
-    return f"{key['frames']:>4} frames, {key['layout']:<10} {key['layers']:>2} layers"
+    return f"{key['frames']:>4} frames, {key['layout']:<10} {key['layers']:>2} layers, {key['keep_reads']:>2} reads kept"
 
 
 def _line(values: dict) -> str:

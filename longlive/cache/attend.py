@@ -65,8 +65,8 @@ class TeacherForced:
     Within a window, neighbouring chunks that read equally many others share one attention call, the clean copy among the others.
     Over the whole history, `kernel` is an entry of `ops.merged_attention.PART_KERNELS`, "plain" (a call per copy and chunk, keys joined by copying), or
     "auto": the one that pays on the device and dtype of the queries, else plain. Relative positions and unequal chunks are always plain.
-    `keep_reads`: for blocks whose activations are recomputed. The second call for a layer is taken as the recomputation of the first and reuses what it
-    read, where a kernel of `ops.merged_attention` read it; one strategy then serves one forward and backward.
+    `keep_reads`: for blocks whose activations are recomputed. In the first so many layers the second call is taken as the recomputation of the first and
+    reuses what it read, where a kernel of `ops.merged_attention` read it; one strategy then serves one forward and backward.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TeacherForced:
         self.alike = visible_BCP is not None and committed_BCP is None
         whole = visible_BCP is None and committed_BCP is None and not relative and len({b - a for a, b in bounds}) == 1
         self.kernel = kernel if whole else PLAIN
-        self.keep_reads = False
+        self.keep_reads = 0
         self._reads: dict[int, Read] = {}
 
     def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
@@ -112,7 +112,7 @@ class TeacherForced:
         return torch.cat(out, dim=1)
 
     def _whole_history(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, kernel: str) -> torch.Tensor:
-        keep = self.keep_reads and torch.is_grad_enabled()
+        keep = layer < self.keep_reads and torch.is_grad_enabled()
         earlier = self._reads.pop(layer, None) if keep else None
         out, read = film_attention(q, k, v, streams=self.noisy_copies + 1, chunks=self.chunks, kernel=kernel, read=earlier)
         if keep and earlier is None:

@@ -25,14 +25,15 @@ def train(
     frames: Annotated[str, typer.Option("--frames", help="Latent frames, with commas.")] = "96,192,384",
     layouts: Annotated[str, typer.Option("--layouts", help="none, contiguous, balanced; with commas. Default: all, or none for one process.")] = "",
     layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the network; default: all.")] = None,
-    fallback_layers: Annotated[int | None, typer.Option("--fallback-layers", help="Try a case that runs out of memory again with so many.")] = None,
+    fallback_layers: Annotated[int | None, typer.Option("--fallback-layers", help="Try a case that runs out of memory again with so many, at last.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="Timed steps of a case.")] = 3,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps before them.")] = 1,
     case_seconds: Annotated[float, typer.Option("--case-seconds", help="A case takes no further step after so many timed seconds.")] = 60.0,
     seconds: Annotated[float, typer.Option("--seconds", help="No case begins later.")] = 540.0,
     window: Annotated[int | None, typer.Option("--window", help="Visible chunks, the own one included; default: the whole history.")] = None,
     fsdp: Annotated[str, typer.Option("--fsdp", help="full, hybrid_full, hybrid_zero2 or no_shard.")] = "full",
-    recompute: Annotated[str, typer.Option("--recompute", help="Activations: none, blocks, or blocks-keep-reads (do not attend again).")] = "blocks",
+    recompute: Annotated[str, typer.Option("--recompute", help="Activations in the backward: none, or those of blocks.")] = "blocks",
+    keep_reads: Annotated[int | None, typer.Option("--keep-reads", help="Recomputed blocks that do not attend again; default: all.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
     profile: Annotated[bool, typer.Option(help="One more step per case: where the kernels' time goes.")] = True,
     json: JsonOption = None,
@@ -49,7 +50,7 @@ def train(
     chosen = _words(layouts) or (LAYOUTS if launch_rank()[1] > 1 else (NONE,))
     settings = TrainSettings(
         model=model, frames=_numbers("--frames", frames), layouts=chosen, layers=layers, fallback_layers=fallback_layers, steps=steps, warmup=warmup,
-        case_seconds=case_seconds, seconds=seconds, window=window, fsdp=fsdp, recompute=recompute, compile=compile, profile=profile,
+        case_seconds=case_seconds, seconds=seconds, window=window, fsdp=fsdp, recompute=recompute, keep_reads=keep_reads, compile=compile, profile=profile,
     )  # fmt: skip
     bench_train(settings, json, _say, resume=resume)
     if json is not None and launch_rank()[0] == 0:

@@ -26,13 +26,13 @@ from .teacher_forcing import Film, teacher_forced_velocity
 
 @dataclass(frozen=True)
 class FilmStep:
-    """`rotate_ahead`: rotation is a graph of its own before attention, for compiled blocks. `keep_reads`: recomputed blocks do not attend again
-    (`cache.attend.TeacherForced`), for the memory of one activation and a log-sum-exp per block."""
+    """`rotate_ahead`: rotation is a graph of its own before attention, for compiled blocks. `keep_reads`: so many of the recomputed
+    blocks do not attend again (`cache.attend.TeacherForced`), each for the memory of one activation."""
 
     mesh: Mesh
     layout: Layout
     rotate_ahead: bool = False
-    keep_reads: bool = False
+    keep_reads: int = 0
 
     def velocities(
         self, dit: WanDiT, text: TextContext, film: Film, context: tuple[torch.Tensor, torch.Tensor], flows: Sequence[FlowTarget]
@@ -46,7 +46,7 @@ class FilmStep:
     def _strategy(self, attend: TeacherForced | Ulysses) -> Attend:
         if self.keep_reads:
             strategy = attend.attend if isinstance(attend, Ulysses) else attend
-            strategy.keep_reads = True
+            strategy.keep_reads = self.keep_reads
         return RotatedAhead(attend) if self.rotate_ahead else attend
 
     def loss(

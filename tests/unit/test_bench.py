@@ -67,6 +67,7 @@ def test_kernels_are_sorted_by_name(kernel, kind):
     assert kind_of(kernel) == kind
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_the_compared_mask_is_the_rule():
     chunks, tokens = 3, 2 * attention_bench.BLOCK
     mask = attention_bench.block_mask(chunks, tokens, torch.device("cpu"))
@@ -92,7 +93,7 @@ def small(**changes):
     return TrainSettings(**({"model": "tiny", "frames": (8,), "layouts": ("none",), "layers": 1, "steps": 2, "warmup": 0} | changes))
 
 
-@pytest.mark.parametrize("recompute", ["none", "blocks-keep-reads"])
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
 def test_a_step_is_measured(tmp_path, recompute):
     lines, path = [], tmp_path / "train.json"
     (entry,) = bench_train(small(recompute=recompute), path, lines.append)
@@ -114,10 +115,11 @@ def test_a_case_without_memory_is_recorded_and_tried_with_fewer_layers(tmp_path,
     monkeypatch.setattr(train_bench.TrainingStep, "take", take)
     path, lines = tmp_path / "train.json", []
     entries = bench_train(small(layers=2, fallback_layers=1, steps=1), path, lines.append)
-    assert [(entry["layers"], entry["status"]) for entry in entries] == [(2, "out of memory"), (1, "done")]
+    assert [(e["layers"], e["keep_reads"], e["status"]) for e in entries] == [*[(2, keep, "out of memory") for keep in (2, 1, 0)], (1, 1, "done")]
     assert entries[0]["message"] == "CUDA out of memory. Tried to allocate 106 GiB."
     assert bench_train(small(layers=1, steps=1), path, lines.append, resume=True) == entries
     assert "in the record already" in lines[-1]
+    assert bench_train(small(layers=2, fallback_layers=1, steps=1), path, lines.append, resume=True) == entries
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
@@ -152,7 +154,7 @@ def test_a_record_shows_what_was_begun(tmp_path):
         ({"layouts": ("balanced",)}, "launch with torchrun"),
         ({"layouts": ("even",)}, "none of none, contiguous, balanced"),
         ({"fsdp": "some"}, "--fsdp 'some'"),
-        ({"recompute": "half"}, "blocks-keep-reads"),
+        ({"recompute": "half"}, "none, blocks"),
         ({"layers": 99}, "1 to 8"),
         ({"window": 1}, "--window 1"),
     ],
