@@ -29,7 +29,6 @@ from ..core.errors import ConfigError
 from ..core.log import environment
 
 NO_SHARD = "no_shard"
-STRATEGIES = ("full", "hybrid_full", "hybrid_zero2", NO_SHARD)
 LEAST_UNIT = 50_000_000  # parameters of a unit under the wrap strategy "size"
 
 

@@ -120,7 +120,8 @@ class Writer:
             os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
-        for old in folders(self.logdir)[: -self.keep] if self.keep else []:
+        earlier = [f for f in folders(self.logdir) if step_of(f) <= run["step"]]  # a later step is another run's
+        for old in earlier[: -self.keep] if self.keep else []:
             shutil.rmtree(old, ignore_errors=True)
 
     def poll(self) -> None:

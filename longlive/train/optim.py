@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -64,14 +63,3 @@ class EMA:
         """From whole tensors, equal on every rank."""
         for name, shadow in zip(self.names, self.shadow):
             shadow.copy_(like(tensors[name], shadow))
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """While open the parameters hold the average; afterwards they are what they were, bit for bit."""
-        parameters = [local(p.detach()) for p in self.parameters]
-        kept = [p.clone() for p in parameters]
-        torch._foreach_copy_(parameters, self._local())
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(parameters, kept)

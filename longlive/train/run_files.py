@@ -84,6 +84,15 @@ class RunFiles:
         logger.info("resumed from %s at step %d", folder, state.step)
         return state
 
+    def note_others(self) -> None:
+        """Says that the logdir of a run which starts afresh holds checkpoints, the highest of which a later run would go on from."""
+        if found := checkpoint.folders(self.logdir):
+            logger.warning(
+                "%s holds checkpoints of another run; the next run there without --no-auto-resume goes on from the highest step (now %s)",
+                self.logdir,
+                found[-1].name,
+            )
+
     def _newest(self) -> Path | None:
         """The same on every rank, or CheckpointError."""
         found = checkpoint.folders(self.logdir)

@@ -161,6 +161,8 @@ class Loop:
         logdir.mkdir(parents=True, exist_ok=True)
         self.files = RunFiles(task, self.optimizer, self.ema, logdir, config=config, replicas=replicas, keep=settings.keep)
         resumed = self.files.resume() if auto_resume else None
+        if not auto_resume and settings.save and self.writes:
+            self.files.note_others()
         self.state = resumed or RunState()
         self.metrics = Metrics(logdir / "metrics.jsonl" if self.writes else None, self.state.step if resumed else None, tracker)
 

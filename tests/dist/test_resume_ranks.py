@@ -1,14 +1,16 @@
 """Checkpoints of 4 ranks: resumed on the same ranks bit for bit; on 2 and on 1 with the same weights, optimizer, average and place in the data."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from loop_toys import toy_loop
 from ranks import run_ranks
 
-from longlive.core.errors import CheckpointError
+from longlive.core.errors import CheckpointError, Interrupted
 from longlive.parallel import fsdp
 from longlive.train import checkpoint
 from longlive.train.checkpoint import module_tensors
@@ -50,7 +52,26 @@ def four(folder):
         for name in ("same", "two", "one"):
             shutil.copytree(folder / "whole" / HALF, folder / name / HALF)
     torch.distributed.barrier()
-    return {"saved": saved, "same": go_on(folder / "same", fsdp.local, sp_size=2, evaluate_every=1)}
+    return {"saved": saved, "same": go_on(folder / "same", fsdp.local, sp_size=2, evaluate_every=1), "disturbed": disturbed(folder / "disturbed")}
+
+
+def disturbed(folder):
+    """One step in which rank 1's gradient is not finite and rank 2 gets SIGTERM: (how it ended, skipped, whether the weights are as before)."""
+    loop = toy_loop(folder, sp_size=2, checkpoint_every=0)
+    loss, before = loop.task.loss, state_of(loop, fsdp.local)
+
+    def disturbing(batch):
+        if loop.replicas.rank == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        value, columns = loss(batch)
+        return value * (torch.nan if loop.replicas.rank == 1 else 1.0), columns
+
+    loop.task.loss = disturbing
+    try:
+        loop.fit()
+    except Interrupted as stopped:
+        after = state_of(loop, fsdp.local)
+        return str(stopped), loop.skipped.row, all(torch.equal(after[name], before[name]) for name in after)
 
 
 def two(folder):
@@ -97,6 +118,15 @@ def test_other_ranks_go_on_with_the_same_state(found):
         assert step == 2 and position == 8 and errors.tolist() == [3.0, 3.0]  # the mean of what the two ranks of a sample kept
         close(arrived, half, rtol=0, atol=0)
         close(last, end, rtol=1e-6, atol=1e-7)
+
+
+def test_one_rank_decides_for_all(found):
+    """A gradient that is not finite on one rank is a step that all skip; a signal to one rank stops and saves all."""
+    folder, ranks, _, _ = found
+    for rank in ranks:
+        said, skipped, unchanged = rank["disturbed"]
+        assert said.startswith("stopped at step 1; weights and state are in") and skipped == 1 and unchanged
+    assert [f.name for f in checkpoint.folders(folder / "disturbed")] == ["checkpoint_model_000001"]
 
 
 def test_what_is_on_disk(found):

@@ -121,6 +121,14 @@ def test_the_newest_are_kept_and_unfinished_ones_removed(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint_model_000002", "checkpoint_model_000003"]
 
 
+def test_checkpoints_of_another_run_are_neither_counted_nor_passed_over_in_silence(tmp_path, caplog):
+    saved(tmp_path, steps=(6, 7))
+    run = saved(tmp_path, steps=(1, 2, 3), keep=1)
+    assert [checkpoint.step_of(f) for f in folders(tmp_path)] == [3, 6, 7]
+    run.files.note_others()
+    assert "goes on from the highest step (now checkpoint_model_000007)" in caplog.text
+
+
 def truncate(folder):
     file = next(folder.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-100])
