@@ -59,7 +59,7 @@ def shard_mesh(strategy: str, device_type: str) -> DeviceMesh:
     if world % local:
         equation = f"WORLD_SIZE({world}) % LOCAL_WORLD_SIZE({local}) = {world % local}, not 0"
         raise ConfigError(f"{equation}: infra.sharding_strategy({strategy}) needs equally many processes on every host; use full")
-    if local in (1, world):
+    if local == world:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world // local, local), mesh_dim_names=("replicate", "shard"))
 

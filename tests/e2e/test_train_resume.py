@@ -16,7 +16,7 @@ from longlive.models import spec
 from longlive.models.light_vae import read_codec
 from longlive.models.spec import DiTDims, VAEDims
 from longlive.models.weights import read_state
-from longlive.train import RunOptions, checkpoint, run
+from longlive.train import RunOptions, checkpoint, run, trainer
 from longlive.train.diffusion import DiffusionTask
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -182,7 +182,8 @@ def test_steps_without_a_finite_gradient_are_skipped_and_too_many_end_the_run(ar
     kept = read_state(checkpoint.folders(tmp_path / "one")[0]).tensors  # after step 2, which was skipped
     assert all(tensor.isfinite().all() for tensor in kept.values())
     bad.update(range(100))
-    with pytest.raises(LongLiveError, match="gradients of steps 4 to 13 are not finite.*the weights are those of step 3.*training.lr"):
+    monkeypatch.setattr(trainer, "SKIPS_IN_A_ROW", 3)
+    with pytest.raises(LongLiveError, match="gradients of steps 4 to 6 are not finite.*the weights are those of step 3.*training.lr"):
         run(ar_config.with_overrides(["training.max_iters=50"]), tmp_path / "one")
 
 
