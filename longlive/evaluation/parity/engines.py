@@ -4,6 +4,7 @@ An engine module offers `run(entry) -> {name: tensor}` (names without `out/`; ex
 `InputError` for input that we refuse, `NotAvailable` for a variant whose engine comes later) or, for tables,
 `run_case(name, input) -> output`. Its `SETTINGS` (optional) maps the words of a `must_with` rule to a function
 `narrow(output) -> output` that keeps what is compared under that setting; `entry.setting` carries the same words.
+For tensors, its `keep(entry, name)` (optional) gives a bool tensor of what is compared of an output, or None for all of it.
 Its `PROSE` (optional) names, per case of a table, recorded fields that are words about the published code, with the reason to leave them out.
 """
 
@@ -21,6 +22,7 @@ ENGINES = {
     "error_buffer": "error_buffer",
     "halo": "halo",
     "keys": "keys",
+    "nvfp4": "nvfp4",
     "prompts": "prompts",
     "sampler": "sampler",
     "t5": "t5",
@@ -31,7 +33,6 @@ LATER = {
     "dit_cached_rollout_kvquant": "the quantised cache is not available yet",
     "dmd": "distillation is not available yet",
     "lora_merge": "LoRA is not available yet",
-    "nvfp4": "NVFP4 is not available yet",
 }
 
 

@@ -143,10 +143,16 @@ def _judge(entry: Entry | Case, engine: ModuleType, rule: Rule, names: list[str]
     if isinstance(entry, Case):
         return [(entry.case, compare_table(narrow(ours), narrow(entry.output), entry.float_tolerance))]
     ours = {name.removeprefix("out/"): value for name, value in ours.items()}
-    return [
-        (name, compare_tensor(name, ours[name], entry.outputs[name], entry.tolerance) if name in ours else _failure("not computed"))
-        for name in names
-    ]
+    return [(name, _compare(entry.asking(names, rule.setting), engine, name, ours[name]) if name in ours else _failure("not computed")) for name in names]
+
+
+def _compare(entry: Entry, engine: ModuleType, name: str, ours: torch.Tensor) -> Difference:
+    """`ours` against the recorded output, where the engine says that it is compared."""
+    recorded = entry.outputs[name]
+    mask = engine.keep(entry, name) if hasattr(engine, "keep") and ours.shape == recorded.shape else None
+    if mask is None:
+        return compare_tensor(name, ours, recorded, entry.tolerance)
+    return compare_tensor(name, ours[mask], recorded[mask], entry.tolerance)
 
 
 def _narrowing(engine: ModuleType, setting: str | None):
