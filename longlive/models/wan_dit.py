@@ -308,8 +308,8 @@ class WanDiT(nn.Module):
         return TextContext(raw_RMt, self.text_embedding(raw_RMt), bias_RM, self.text_stamp())
 
     def text_stamp(self) -> int:
-        """A number that changes whenever a weight behind the text's keys and values is written in place."""
+        """A number that changes whenever a weight (or buffer) behind the text's keys and values is written in place."""
         modules = [self.text_embedding]
         for block in self.blocks:
             modules += [block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k]
-        return sum(p._version for m in modules for p in m.parameters() if not p.is_inference())
+        return sum(t._version for m in modules for t in (*m.parameters(), *m.buffers()) if not t.is_inference())
