@@ -6,7 +6,7 @@ per chunk and is left alone, except that the rotation before it, a chain of smal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch._dynamo
@@ -20,21 +20,34 @@ from ..ops.rope import apply_rope
 GRAPHS = 64  # compiled variants per function; the default of 8 is fewer than the shapes of a run
 
 
-def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Compiles every block in place. `layer` numbers and prompts' lengths may vary without compiling again."""
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Compiles every block in place. `layer` numbers and prompts' lengths may vary without compiling again.
+
+    Of a recomputed block what is recomputed is compiled: compiled from outside it would run as written, since a graph cannot end (at
+    attention) inside of a recomputation.
+    """
     torch._dynamo.config.recompile_limit = GRAPHS
     for block in blocks:
-        block.compile()
+        if isinstance(block.forward, Recomputed):
+            block.forward.inner = torch.compile(block.forward.inner, backend=backend)
+        else:
+            block.compile(backend=backend)
 
 
-def checkpoint_blocks(blocks: nn.ModuleList) -> None:
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     """Recomputes the activations of every block in the backward pass instead of keeping them."""
     for block in blocks:
-        block.forward = _recomputed(block.forward)
+        block.forward = Recomputed(block.forward)
 
 
-def _recomputed(forward):
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+class Recomputed:
+    """A forward whose activations are computed again for the backward pass; `inner` is the forward itself."""
+
+    def __init__(self, inner: Callable):
+        self.inner = inner
+
+    def __call__(self, *args, **kwargs):
+        return checkpoint(self.inner, *args, use_reentrant=False, **kwargs)
 
 
 def compiled_pointwise(*, frozen: bool = False) -> Callable:

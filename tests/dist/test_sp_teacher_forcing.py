@@ -7,7 +7,7 @@ from ranks import run_ranks
 from sp_toys import BATCH, CASES, FRAMES, batch_of, toy_dit
 
 from longlive.parallel.mesh import Mesh
-from longlive.train.compiled import RotatedAhead, checkpoint_blocks
+from longlive.train.compiled import RotatedAhead, checkpoint_blocks, compile_blocks
 from longlive.train.objective import quarter_losses
 from longlive.train.sharded import film_layout, sharded_loss, sharded_velocity
 from longlive.train.teacher_forcing import teacher_forced_velocity
@@ -36,8 +36,7 @@ def every_case():
     for sp_size in SP_SIZES:
         mesh = Mesh.launch(sp_size, "cpu")
         if sp_size == 4:
-            for block in recomputed.blocks:
-                block.compile(backend="aot_eager")
+            compile_blocks(recomputed.blocks, backend="aot_eager")
         share = BATCH // mesh.dp_size
         samples = list(range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
         for name, case in CASES.items():

@@ -3,11 +3,12 @@
 import copy
 
 import torch
+import torch._dynamo.utils
 
 from longlive.models.spec import DiTDims, VAEDims
 from longlive.models.wan_dit import WanDiT
 from longlive.models.wan_vae import WanVAE
-from longlive.train.compiled import RotatedAhead, channels_last, checkpoint_blocks
+from longlive.train.compiled import RotatedAhead, channels_last, checkpoint_blocks, compile_blocks
 from longlive.train.teacher_forcing import Film, frame_positions, teacher_forced_velocity
 
 DIMS = DiTDims(dim=32, ffn=48, layers=2, heads=2, text_dim=10, text_len=6, channels=8)
@@ -41,6 +42,18 @@ def test_recomputed_blocks_give_the_same_gradients():
     again = copy.deepcopy(dit)
     checkpoint_blocks(again.blocks)
     torch.testing.assert_close(_gradients(dit, lambda attend: attend), _gradients(again, lambda attend: attend))
+
+
+def test_recomputed_blocks_are_compiled_and_give_the_same_gradients():
+    """A graph cannot end inside of a recomputation: compiled around it, a block would silently run as written."""
+    dit = _network()
+    again = copy.deepcopy(dit)
+    checkpoint_blocks(again.blocks)
+    compile_blocks(again.blocks, backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(_gradients(dit, lambda attend: attend), _gradients(again, RotatedAhead))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_channels_last_kernels_give_the_same_clip_and_the_same_state():
