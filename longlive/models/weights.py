@@ -127,18 +127,22 @@ def load_into(
     entry: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Puts a checkpoint into `module`, strictly, and returns its metadata.
 
     Parameters on the meta device are replaced by tensors on `device` (default CPU) in `dtype` (default: the file's); others are filled where they are.
-    `kind` ("generator", "vae", "text") enables other key layouts and better errors. Raises CheckpointError naming the first keys that differ.
+    `kind` ("generator", "vae", "text") enables other key layouts and better errors. `change(name, tensor)` is what goes in instead, before it is cast
+    (`lora_merge.merging`). Raises CheckpointError naming the first keys that differ.
     """
     state = source if isinstance(source, StateFile) else native_state(read_state(source, use_ema=use_ema, entry=entry, kind=kind), kind)
     targets = dict(_slots(module))
     check_keys({name: tuple(owner[leaf].shape) for name, (owner, leaf) in targets.items()}, state)
     for name, (owner, leaf) in targets.items():
         tensor = state.tensors.pop(name)
-        if not _fill(owner, leaf, tensor, device, dtype) and state.mapped:
+        given = change(name, tensor) if change else tensor
+        kept = _fill(owner, leaf, given, device, dtype) and given is tensor
+        if state.mapped and not kept:
             release(tensor)
     return state.metadata
 
@@ -205,6 +209,21 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         os.replace(partial, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}); check the folder and the free space") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def save_torch(path: str | Path, content: Mapping[str, Any]) -> Path:
+    """torch.save that appears whole or not at all. Raises InputError where it cannot be written."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(content), partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} cannot be written ({str(error).splitlines()[0]}); check the folder and the free space") from None
     finally:
         partial.unlink(missing_ok=True)
     return path
