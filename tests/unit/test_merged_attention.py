@@ -81,3 +81,14 @@ def test_wrong_layouts_and_kernels_are_refused():
 
 def test_a_cpu_has_no_kernel_that_pays():
     assert part_kernel(torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+@pytest.mark.parametrize("batch, streams", [(1, 2), (2, 3)])
+def test_the_operators_of_a_gpu_are_called_as_they_are_declared(kernel, batch, streams):
+    """Shapes only: no memory, no card."""
+    q, k, v = (torch.empty(batch, streams * CHUNKS * 128, 4, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+    out, read = film_attention(q, k, v, streams=streams, chunks=CHUNKS, kernel=kernel)
+    assert out.shape == q.shape and read.lse.shape[:4] == (batch * streams, CHUNKS, 4, 128) and read.lse.dtype == torch.float32
+    for gradient in torch.autograd.grad(out, (q, k, v), torch.empty_like(out)):
+        assert gradient.shape == q.shape and gradient.dtype == torch.bfloat16
