@@ -26,7 +26,7 @@ RULES = ("static_6", "static_4", "ocp")
 
 def power(codes: torch.Tensor) -> torch.Tensor:
     """float32 2^(code - 127) of E8M0 codes; 255 is NaN."""
-    return torch.where(codes == NAN_SCALE, torch.nan, torch.ldexp(torch.ones((), device=codes.device), codes.to(torch.int32) - BIAS))
+    return torch.where(codes == NAN_SCALE, torch.nan, torch.ldexp(torch.ones(codes.shape, device=codes.device), codes.to(torch.int32) - BIAS))
 
 
 @dataclass(frozen=True, eq=False)
