@@ -79,23 +79,19 @@ def block_mask(chunks: int, chunk_tokens: int, device: torch.device):
     return BlockMask.from_kv_blocks(*nothing, count, order, BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
-def way(name: str, chunks: int, chunk_tokens: int, device: torch.device, *, compiled: bool = True, autotune: bool = False) -> Way:
-    """Attention of rotated q, k, v [B, N, H, d] in the way `name`."""
+def way(name: str, chunks: int, chunk_tokens: int, like: torch.Tensor, *, compiled: bool = True, autotune: bool = False) -> Way:
+    """Attention of rotated q, k, v [B, N, H, d] in the way `name`; `like` shows their dtype, head and device."""
     if name != FLEX:
-        return lambda q, k, v: _strategy(chunks, chunk_tokens, PLAIN if name == PLAIN else part_kernel(q) or "math")(q, k, v, 0)
+        strategy = TeacherForced(film(chunks, chunk_tokens), 2, kernel=PLAIN if name == PLAIN else part_kernel(like) or "math")
+        strategy.rope = None  # q and k come rotated
+        return lambda q, k, v: strategy(q, k, v, 0)
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = block_mask(chunks, chunk_tokens, device)
+    mask = block_mask(chunks, chunk_tokens, like.device)
     call = flex_attention
     if compiled:
         call = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs" if autotune else None)
     return lambda q, k, v: call(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
-
-
-def _strategy(chunks: int, chunk_tokens: int, kernel: str) -> TeacherForced:
-    strategy = TeacherForced(film(chunks, chunk_tokens), 2, kernel=kernel)
-    strategy.rope = None  # q and k come rotated
-    return strategy
 
 
 def with_gradients(attend: Way, inputs: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
@@ -118,7 +114,7 @@ def errors(settings: AttentionSettings, name: str, device: torch.device, *, comp
     inputs, grad = random_inputs(3, SMALL, min(settings.heads, 4), settings.head_dim, device)
     exact = [t.detach().float().requires_grad_() for t in inputs]
     truth = with_gradients(lambda *t: film_attention(*t, streams=STREAMS, chunks=3, kernel="math")[0], exact, grad.float())
-    found = with_gradients(way(name, 3, SMALL, device, compiled=compiled), inputs, grad)
+    found = with_gradients(way(name, 3, SMALL, inputs[0], compiled=compiled), inputs, grad)
     apart = ((mine.float() - right).norm() / right.norm() for mine, right in zip(found, truth))
     return dict(zip(("out", "dq", "dk", "dv"), (value.item() for value in apart)))
 
@@ -166,7 +162,7 @@ def _tried(work: Callable[[], dict]) -> dict:
 def _case(settings: AttentionSettings, chunks: int, device: torch.device, compiled: bool, report: Callable[[str], None]) -> dict:
     s = settings
     inputs, grad = random_inputs(chunks, s.chunk_tokens, s.heads, s.head_dim, device)
-    ways = {name: way(name, chunks, s.chunk_tokens, device, compiled=compiled, autotune=s.autotune) for name in s.ways}
+    ways = {name: way(name, chunks, s.chunk_tokens, inputs[0], compiled=compiled, autotune=s.autotune) for name in s.ways}
     works: dict[tuple[str, bool], Callable[[], object]] = {}
     failures: dict[str, dict] = {}
     for name, attend in ways.items():
