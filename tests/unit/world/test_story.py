@@ -88,7 +88,7 @@ def test_storyboard_plans_to_the_same_cuts():
 
 def _untold(story):
     """The story without its captions' words."""
-    return [dataclasses.replace(s, caption="", roles=tuple(dataclasses.dataclasses.replace(r, recalled=False) for r in s.roles)) for s in story.shots]
+    return [dataclasses.replace(s, caption="", roles=tuple(dataclasses.replace(r, recalled=False) for r in s.roles)) for s in story.shots]
 
 
 def test_memory_changes_names_in_captions_and_nothing_else():
