@@ -143,6 +143,9 @@ class _Bench:
                     key = {"frames": frames, "layout": layout, "layers": layers, "keep_reads": keep_reads}
                     if self._case(key, began) != OUT_OF_MEMORY:
                         break
+        self.report("all cases:")
+        for entry in self.record.cases:
+            self.report(f"{_name(entry)}: {_line(entry)}")
         return self.record.cases
 
     def _tries(self) -> list[tuple[int, int]]:
@@ -277,7 +280,7 @@ def _name(key: dict) -> str:
 
 def _line(values: dict) -> str:
     if values["status"] != "done":
-        return f"{values['status']} ({values['message'][:140]})"
+        return f"{values['status']} ({values.get('message', 'it ended the processes')[:140]})"
     kernels = ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in values.get("kernel_seconds", {}).items())
     return (
         f"{values['seconds_per_step']:.3f} s/step, {values['tokens_per_second']:.0f} tokens/s, {values['tflops_per_second_and_card']:.1f} TFLOP/s a card = "

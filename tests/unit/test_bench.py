@@ -118,7 +118,7 @@ def test_a_case_without_memory_is_recorded_and_tried_with_fewer_layers(tmp_path,
     assert [(e["layers"], e["keep_reads"], e["status"]) for e in entries] == [*[(2, keep, "out of memory") for keep in (2, 1, 0)], (1, 1, "done")]
     assert entries[0]["message"] == "CUDA out of memory. Tried to allocate 106 GiB."
     assert bench_train(small(layers=1, steps=1), path, lines.append, resume=True) == entries
-    assert "in the record already" in lines[-1]
+    assert any("in the record already" in line for line in lines)
     assert bench_train(small(layers=2, fallback_layers=1, steps=1), path, lines.append, resume=True) == entries
 
 
