@@ -72,6 +72,11 @@ def read_lora(path: str | Path, *, name: str | None = None, entry: str = ENTRY) 
     return adapter.with_alpha(float(metadata["lora_alpha"])) if "lora_alpha" in metadata else adapter
 
 
+def adapter_from(tensors: Mapping[str, Tensor], name: str) -> Adapter:
+    """The adapter that named tensors are, in any layout that states no alpha apart from its tensors."""
+    return Adapter(name=name, layers=_layers(tensors, Path(name)))
+
+
 def adapter_name(path: Path) -> str:
     """The name of an adapter from its file or folder: dmd_lora.pt -> dmd_lora."""
     return path.name if path.is_dir() else path.stem

@@ -22,6 +22,7 @@ ENGINES = {
     "error_buffer": "error_buffer",
     "halo": "halo",
     "keys": "keys",
+    "lora_merge": "lora",
     "nvfp4": "nvfp4",
     "prompts": "prompts",
     "sampler": "sampler",
@@ -32,7 +33,6 @@ ENGINES = {
 LATER = {
     "dit_cached_rollout_kvquant": "the quantised cache is not available yet",
     "dmd": "distillation is not available yet",
-    "lora_merge": "LoRA is not available yet",
 }
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...core.errors import CheckpointError, NotAvailable
 from ...models.keymaps import light_vae_name, strip_fsdp
+from ...models.lora import adapter_of, adapter_state, attach
 from ...models.spec import WAN22_TI2V_5B, WAN22_VAE, DiTDims
 from ...models.umt5 import published_names, umt5_model, umt5_xxl_config
 from ...models.wan_dit import WanDiT
@@ -20,7 +21,7 @@ PROSE = {
     "loader_unwrap_and_strip": {
         "strip_applied": "says when the published loader strips wrappers; ours always does",
         "strict": "says when the published loader is strict; ours always is",
-        "lora": "says where the published loader finds a LoRA; LoRA is not available yet",
+        "lora": "says where the published loader finds a LoRA; ours looks there too (models.lora_files.read_lora)",
     }
 }
 CONTAINERS = (
@@ -41,7 +42,7 @@ RESNET = ("norm1.gamma", "conv1.weight", "norm2.gamma")
 
 
 def run_case(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The table that `given["what"]` names. Raises NotAvailable for the tables of LoRA and of quantised models."""
+    """The table that `given["what"]` names. Raises NotAvailable for the tables of quantised models."""
     tables: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "dit": _dit,
         "t5": _t5,
@@ -49,6 +50,7 @@ def run_case(name: str, given: dict[str, Any]) -> dict[str, Any]:
         "lightvae": lambda given: _table(build_on_meta(lambda: WanVAE(WAN22_VAE.pruned(given["rate"])))),
         "lightmap": lambda given: {"map": {key: light_vae_name(key) for key in _diffusers_keys()}},
         "strip": _loading,
+        "lora": _lora,
     }
     if given["what"] not in tables:
         raise NotAvailable(f"the key table {name!r}", f"known are {', '.join(tables)}")
@@ -63,14 +65,27 @@ def _table(model: nn.Module) -> dict[str, Any]:
     return {"keys": _rows(model.state_dict()), "parameters": sum(p.numel() for p in model.parameters())}
 
 
+def _dims(given: dict[str, Any]) -> DiTDims:
+    if "dit" not in given:
+        return WAN22_TI2V_5B.dit
+    d = given["dit"]
+    return DiTDims(
+        dim=d["dim"], ffn=d["ffn"], layers=d["layers"], heads=d["heads"], freq_dim=d["freq_dim"],
+        text_dim=d["text_dim"], text_len=d["text_len"], channels=d["ch"],
+    )  # fmt: skip
+
+
+def _lora(given: dict[str, Any]) -> dict[str, Any]:
+    """A fresh adapter as a trainer saves it; the published table lists its keys in alphabetical order."""
+    dit = build_on_meta(lambda: WanDiT(_dims(given)))
+    trainable = attach(dit, WAN22_TI2V_5B, given["rank"])
+    adapter = adapter_of(dit)
+    rows = sorted(_rows(adapter_state(dit)))
+    return {"keys": rows, "r": adapter.rank, "lora_alpha": int(adapter.alpha), "trainable": sum(p.numel() for p in trainable)}
+
+
 def _dit(given: dict[str, Any]) -> dict[str, Any]:
-    dims = WAN22_TI2V_5B.dit
-    if "dit" in given:
-        d = given["dit"]
-        dims = DiTDims(
-            dim=d["dim"], ffn=d["ffn"], layers=d["layers"], heads=d["heads"], freq_dim=d["freq_dim"],
-            text_dim=d["text_dim"], text_len=d["text_len"], channels=d["ch"],
-        )  # fmt: skip
+    dims = _dims(given)
     table = _table(build_on_meta(lambda: WanDiT(dims)))
     return table | {"keys": sorted(table["keys"], key=lambda row: _published_place(row[0])), "checkpoint_prefix": "model."}
 
