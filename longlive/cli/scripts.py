@@ -26,6 +26,7 @@ OutputPath = Annotated[Path, typer.Option("--output_path", help="Checkpoint to w
 Generator = Annotated[str | None, typer.Option("--generator_ckpt", help="Instead of checkpoints.generator_ckpt.")]
 Lora = Annotated[str | None, typer.Option("--lora_ckpt", help="Instead of checkpoints.lora_ckpt.")]
 Device = Annotated[str, typer.Option("--device", help="Device to work on.")]
+MergeDevice = Annotated[str | None, typer.Option("--device", help="Device to add on, cpu or cuda:N; default cuda:0 where there is a GPU, else cpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")]
 
 merge_lora = script("merge_lora_generator")
@@ -53,13 +54,32 @@ def merge(
     output_path: OutputPath,
     generator_ckpt: Generator = None,
     lora_ckpt: Lora = None,
-    device: Device = "cuda:0",
+    device: MergeDevice = None,
     dtype: Dtype = "bf16",
 ) -> None:
-    """Merge a base generator and a LoRA into one checkpoint."""
+    """Merge a base generator and a LoRA into one checkpoint: a published .pt container, or .safetensors by the ending of --output_path.
+
+    Each merged weight is W + weight x alpha / rank x B A, added in float32 and rounded once. The file says so: no LoRA is ever applied to it again.
+    """
+    import torch
+
+    from ..engine.export_merged import merge_checkpoint
+    from ..engine.pipeline import named_device, present
+
     _choice("--dtype", dtype, ("bf16", "fp32"))
-    _checkpoint_pair(config_path, generator_ckpt, lora_ckpt, need_lora=True)
-    raise NotAvailable("merging LoRA weights", "it comes with LoRA and distillation; until then use a checkpoint that is already merged")
+    overrides = [f"checkpoints.{key}={json.dumps(path)}" for key, path in (("generator_ckpt", generator_ckpt), ("lora_ckpt", lora_ckpt)) if path]
+    config = load_config(config_path, _with_adapter(config_path, overrides))
+    place = present(named_device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"), "--device"), "--device")
+    about = merge_checkpoint(config, output_path, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device=place)
+    typer.echo(f"wrote {output_path} ({about['generator_ckpt']} with {about['lora_ckpt']} merged in, {about['dtype']})")
+    typer.echo("use it as checkpoints.generator_ckpt, and remove lora_ckpt and the adapter section")
+
+
+def _with_adapter(config_path: Path, overrides: list[str]) -> list[str]:
+    """The overrides, and an adapter section where the file has none: a merge needs no more than the two checkpoints."""
+    from ..config.yaml_io import read_yaml
+
+    return overrides if read_yaml(config_path).get("adapter") is not None else [*overrides, "adapter={}"]
 
 
 @save_nvfp4.command()

@@ -18,7 +18,6 @@ def availability(config: Config, purpose: str) -> None:
 def _everywhere(c: Config):
     yield c.infra.model_quant, "NVFP4 (model_quant: true)", "set model_quant: false to run in bf16"
     yield c.fp8_quant, "FP8 (fp8_quant: true)", "set fp8_quant: false to run in bf16"
-    yield c.adapter is not None, "LoRA (the adapter section)", "use a merged checkpoint and remove the adapter section and lora_ckpt"
 
 
 def _generate(c: Config):
@@ -29,6 +28,7 @@ def _generate(c: Config):
 
 def _train(c: Config):
     yield c.algorithm.trainer == "score_distillation", "distillation (algorithm.trainer: score_distillation)", "train with trainer: diffusion"
+    yield c.adapter is not None, "training a LoRA (the adapter section)", "remove the adapter section and lora_ckpt to train all weights"
     ranks, kind = c.infra.sequence_parallel_size, c.algorithm.trainer
     yield ranks > 1 and kind != "diffusion", f"sequence parallelism (infra.sequence_parallel_size: {ranks}) of trainer {kind}", "set it to 1"
     recycling = c.training.error_recycling.enabled and kind != "diffusion"

@@ -64,6 +64,11 @@ def _precision(c: Config) -> str | None:
     if c.checkpoints.lora_ckpt and c.adapter is None:
         given = f"checkpoints.lora_ckpt = {c.checkpoints.lora_ckpt!r} without an adapter section"
         return f"{given}: nothing would apply it; add `adapter: {{rank: 128}}` or remove lora_ckpt"
+    if c.adapter and isinstance(c.adapter.weight, tuple):
+        files = c.checkpoints.lora_ckpt if isinstance(c.checkpoints.lora_ckpt, tuple) else (c.checkpoints.lora_ckpt,)
+        if len(c.adapter.weight) != len(files):
+            counts = f"adapter.weight has {len(c.adapter.weight)} numbers for {len(files)} LoRA files (checkpoints.lora_ckpt)"
+            return f"{counts}; give one each, or one number for all"
     if c.merge_lora and c.adapter is None:
         return "merge_lora(true) without an adapter section: there is nothing to merge; remove merge_lora or add the adapter"
     if c.inference.kv_quant and c.inference.use_relative_rope:

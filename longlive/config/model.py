@@ -24,6 +24,7 @@ class Adapter(Section):
     type: Literal["lora"] = option("lora", "adapter kind")
     rank: int = option(16, "LoRA rank", ge=1)
     alpha: float | None = option(None, "LoRA scale is alpha / rank; null = rank")
+    weight: float | tuple[float, ...] = option(1.0, "generating: live weight, or one for each file of checkpoints.lora_ckpt; 0 = off")
     dropout: float = option(0.0, "LoRA dropout in training", ge=0, lt=1)
     apply_to_critic: bool = option(True, "distillation: put LoRA on the critic too")
     verbose: bool = option(False, "list the adapted layers")

@@ -19,7 +19,7 @@ from ..core.errors import Interrupted
 from ..core.geometry import FPS, Geometry, pixel_frames
 from ..core.story import ChunkPlan, Storyboard, plan
 from ..data.videos import check_start
-from .naming import base_name, check_folder, check_free, film_texts, make_folder, prompts_text, remove_empty
+from .naming import base_name, check_folder, check_free, film_tag, film_texts, make_folder, prompts_text, remove_empty
 from .pipeline import Pipeline, choose_device
 from .receipt import Timings, receipt_text
 from .session import ChunkResult, Request, Session
@@ -125,7 +125,7 @@ def make_jobs(config, boards: Sequence[Storyboard], output: Path, rank: int, wor
     plans = [plan(board, prefix=config.data.scene_cut_prefix) for board in boards]
     texts = film_texts([p[0].prompt for p in plans], range(len(boards)), config.save_with_index)
     _, _, _, height, width = config.data.image_or_video_shape
-    usual, tag = Geometry.of_latent(height, width), "ema" if config.inference.use_ema else "regular"
+    usual, tag = Geometry.of_latent(height, width), film_tag(config)
     jobs = []
     for index in range(rank, len(boards), world):
         names = [base_name(rank, texts[index], sample, tag) for sample in range(config.inference.num_samples)]

@@ -50,6 +50,13 @@ def film_texts(prompts: Sequence[str], indices: Sequence[int], save_with_index: 
     return named
 
 
+def film_tag(config) -> str:
+    """The last word of names: lora with live adapters (merged ones do not show), else ema or regular, by the weights that were asked for."""
+    if config.adapter is not None and not config.merge_lora:
+        return "lora"
+    return "ema" if config.inference.use_ema else "regular"
+
+
 def base_name(rank: int, text: str, sample: int, tag: str) -> str:
     """rank{rank}-{text}-{sample}_{tag}; `tag` is regular, lora or ema."""
     return f"rank{rank}-{text}-{sample}_{tag}"

@@ -14,24 +14,36 @@ import torch
 from ..core.errors import InputError
 from ..models.codec import VideoCodec, cpu_dtype
 from ..models.light_vae import read_codec, vae_place
+from ..models.lora import Adapter, add
+from ..models.lora_merge import merging
 from ..models.shipped import VAE_FILE, asset, dit_path
 from ..models.sizes import dit_dims, read_model_config, shapes_of
 from ..models.spec import ModelSpec, vae_type
 from ..models.text import TextEncoder, text_encoder
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, load_into, native_state, read_state, refuse_lora_on_merged
+from .adapters import configured_adapters
 
 CPU_GROUP = 2  # latent frames decoded at a time on a CPU, whose cache likes small pieces
 
 
-def load_dit(config, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[WanDiT, Path]:
-    """The generator of `checkpoints.generator_ckpt`; without one, the small model's shipped weights or the base model's folder."""
+def load_dit(
+    config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, adapters: list[tuple[Adapter, float]] | None = None
+) -> tuple[WanDiT, Path]:
+    """The generator of `checkpoints.generator_ckpt`; without one, the small model's shipped weights or the base model's folder.
+
+    `adapters` (default: those that the configuration names) are merged with `merge_lora`, else they stay beside it, live, in `dtype`.
+    """
+    adapters = configured_adapters(config) if adapters is None else adapters
     path = generator_path(config, spec)
     state = native_state(read_state(path, use_ema=config.inference.use_ema, kind="generator"), "generator")
-    refuse_lora_on_merged(state.metadata, config.checkpoints.lora_ckpt)
+    refuse_lora_on_merged(state.metadata, ", ".join(str(adapter.path) for adapter, _ in adapters))
     dims = dit_dims(shapes_of(state.tensors), spec.dit, model_config(path, spec))
     dit = build_on_meta(lambda: WanDiT(dims))
-    load_into(dit, state, kind="generator", device=device, dtype=dtype)
+    merged = merging(adapters, spec, shapes_of(state.tensors), dtype, device) if adapters and config.merge_lora else None
+    load_into(dit, state, kind="generator", device=device, dtype=dtype, change=merged)
+    for adapter, weight in adapters if not config.merge_lora else ():
+        add(dit, spec, adapter, weight=weight, dtype=dtype)
     return dit.eval().requires_grad_(False), path
 
 

@@ -1,7 +1,7 @@
 """Everything that a film needs and that does not change while it is made: networks, text encoder, size, rollout settings.
 
 A `Pipeline` is a plain record of parts, so that tests and training build one from modules they already have. `Pipeline.load` is the
-canonical order of the project, in one function: check -> build on meta -> load -> (merge LoRA) -> convert precision -> place.
+canonical order of the project, in one function: check -> build on meta -> load -> (merge LoRA) -> convert precision -> attach live LoRA -> place.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from ..core.errors import InputError
 from ..core.geometry import Geometry
 from ..core.story import SCENE_CUT_PREFIX
+from ..models.lora import LoraStack
 from ..models.spec import ModelSpec, model_spec
 from .decode import DecodeStage, decode_stage
+from .naming import film_tag
 from .rollout import RolloutSettings
 from .session import Request, Session
 
@@ -47,6 +49,7 @@ class Pipeline:
     def load(cls, config, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
         """The pipeline that a `Config` describes, with its weights. Raises InputError before any weight is read where it can."""
         from ..config import availability
+        from .adapters import configured_adapters
         from .parts import load_codec, load_dit, load_text_encoder
 
         availability(config, "generate")
@@ -56,11 +59,13 @@ class Pipeline:
         net_dtype = dtype or choose_dtype(config, device)
         kind, place = decode_place(config, device)
         parts = cls.unloaded(config, device, net_dtype, kind)
-        dit, dit_path = load_dit(config, parts.spec, device, net_dtype)
+        adapters = configured_adapters(config)
+        dit, dit_path = load_dit(config, parts.spec, device, net_dtype, adapters)
         spec = replace(parts.spec, dit=dit.dims)
         codec, vae_path = load_codec(config, spec, place, dtype)
         encoder, text_path = load_text_encoder(spec, device, net_dtype)
         paths = {"generator": dit_path, "vae": vae_path, "text_encoder": text_path}
+        paths |= {f"lora.{adapter.name}": adapter.path for adapter, _ in adapters}
         weights = {part: str(path) for part, path in paths.items() if path}
         return replace(parts, spec=spec, dit=dit, codec=codec, text_encoder=encoder, weights=weights)
 
@@ -80,12 +85,17 @@ class Pipeline:
             negative_prompt=config.inference.negative_prompt,
             scene_cut_prefix=config.data.scene_cut_prefix,
             decode_kind=decode_kind,
-            tag="ema" if config.inference.use_ema else "regular",
+            tag=film_tag(config),
         )
 
     def at_size(self, geometry: Geometry) -> "Pipeline":
         """The same networks for films of another size."""
         return replace(self, geometry=geometry)
+
+    @property
+    def lora(self) -> LoraStack:
+        """The live adapters: `pipeline.lora.set_weight("style", 0.5)` holds from the next chunk on, for every session of this pipeline."""
+        return LoraStack(self.dit)
 
     def session(self, request: Request) -> Session:
         """A fresh session for `request`."""

@@ -99,16 +99,21 @@ def merged_metadata(state: StateFile, adapters: Weighted, spec: ModelSpec, dtype
     }
 
 
+def check_target(path: Path) -> Path:
+    """`path`, if a merged generator may be written there. Raises InputError for one that exists or has another ending."""
+    if path.exists():
+        raise InputError(f"{path} exists; name another file, or remove it")
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise InputError(f"{path}: end it with .pt or .safetensors")
+    return path
+
+
 def write_merged(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
     """Writes what `merged_generator` gave: `.pt` as the published container {"generator": {"model.<name>": tensor}, ...}, `.safetensors` with metadata.
 
     Raises InputError for a path that exists or has another ending.
     """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"{path} exists; name another file, or remove it")
+    path = check_target(Path(path))
     if path.suffix == ".safetensors":
         return save_state(path, tensors, metadata)
-    if path.suffix not in (".pt", ".pth"):
-        raise InputError(f"{path}: end it with .pt or .safetensors")
     return save_torch(path, {"generator": {f"model.{name}": tensor for name, tensor in tensors.items()}, **metadata})

@@ -195,7 +195,7 @@ def refuse_lora_on_merged(metadata: Mapping[str, Any], lora_ckpt: str | Path | N
     """Raises ConfigError when the generator's metadata says that a LoRA is merged into it and the configuration asks for one (spec §10.2)."""
     merged = metadata.get("merged_lora") not in (None, False, "", "false", "False") or metadata.get("checkpoint_format") == MERGED_FORMAT
     if merged and lora_ckpt:
-        raise ConfigError(f"the generator already has a LoRA merged into it and checkpoints.lora_ckpt is {lora_ckpt}; remove lora_ckpt and the adapter section")
+        raise ConfigError(f"the generator already has a LoRA merged into it and lora_ckpt is {lora_ckpt}; remove lora_ckpt and the adapter section")
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Path:

@@ -129,6 +129,7 @@ CHUNK8 = {"num_frame_per_block": 8}
         ({"fp8_quant": True, "model_quant": True}, "fp8_quant(true) and model_quant(true)"),
         ({"checkpoints": {"lora_ckpt": "a.pt"}}, "without an adapter section"),
         ({"merge_lora": True}, "merge_lora(true) without an adapter"),
+        ({"checkpoints": {"lora_ckpt": ["a.pt", "b.pt"]}, "adapter": {"weight": [1.0]}}, "adapter.weight has 1 numbers for 2 LoRA files"),
         ({"independent_first_frame": True}, "i2v(False) != independent_first_frame(True)"),
         ({**CHUNK8, "sp_size": 3}, "sp_size(3) is none of"),
         ({"sp_size": 4}, "num_frame_per_block(1) % sp_size(4)"),
@@ -238,7 +239,7 @@ def test_what_is_not_available_says_so():
     for source, purpose in (
         ({"model_quant": True}, "generate"),
         ({"fp8_quant": True}, "generate"),
-        ({"adapter": {}}, "generate"),
+        ({"adapter": {}}, "train"),
         ({**CHUNK8, "sp_size": 2}, "generate"),
         ({"kv_quant": True}, "generate"),
         ({"torch_compile": True}, "generate"),

@@ -1,0 +1,74 @@
+"""The adapters that a configuration names: found, read, scaled. (`engine.parts` puts them on the network, or into its weights.)
+
+Where they are: `checkpoints.lora_ckpt`, one file or a list; without it, the LoRA entry of `checkpoints.generator_ckpt` (spec inference §10.2).
+How strong: `adapter.weight`, one number or one per file. How scaled: by the alpha that a file states; `adapter.rank` and `adapter.alpha` speak for
+files that state none, as published ones do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..core.errors import ConfigError
+from ..core.log import logger, warn_once
+from ..models.lora import Adapter
+from ..models.lora_files import adapter_name, holds_lora, read_lora
+
+DERIVED = "as adapter.rank"
+
+
+def configured_adapters(config) -> list[tuple[Adapter, float]]:
+    """(adapter, weight) for each, in order; names are those of the files, unique. [] without an adapter section.
+
+    Raises CheckpointError for a file that is no LoRA, ConfigError where the section contradicts a file.
+    """
+    if config.adapter is None:
+        return []
+    paths = lora_paths(config)
+    if not paths:
+        warn_once("the adapter section has no effect: checkpoints.lora_ckpt is not set and the generator's checkpoint holds no LoRA; set it, or remove adapter")
+        return []
+    weights = config.adapter.weight
+    weights = weights if isinstance(weights, tuple) else (weights,) * len(paths)
+    adapters: dict[str, Adapter] = {}
+    for path in paths:
+        adapter = read_lora(path, name=_fresh(adapter_name(path), adapters))
+        adapters[adapter.name] = adapter
+    scaled = _scaled(config, list(adapters.values()))
+    if config.adapter.verbose:
+        for adapter, weight in zip(scaled, weights):
+            logger.warning("LoRA %s: weight %g, %d layers: %s", adapter.name, weight, len(adapter.layers), ", ".join(adapter.layers))
+    return list(zip(scaled, weights))
+
+
+def lora_paths(config) -> tuple[Path, ...]:
+    """Where the adapters are."""
+    given, generator = config.checkpoints.lora_ckpt, config.checkpoints.generator_ckpt
+    if given:
+        return tuple(Path(path) for path in (given if isinstance(given, tuple) else (given,)))
+    return (Path(generator),) if generator and holds_lora(generator) else ()
+
+
+def _fresh(name: str, taken) -> str:
+    return next(word for word in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if word not in taken)
+
+
+def _scaled(config, adapters: list[Adapter]) -> list[Adapter]:
+    """The adapters with the section's alpha where they state none."""
+    section, origin = config.adapter, config.provenance
+    rank_given = origin["adapter.rank"] != "default"
+    alpha_given = origin["adapter.alpha"] not in ("default", DERIVED)
+    silent = [adapter for adapter in adapters if any(layer.alpha is None for layer in adapter.layers.values())]
+    for adapter in silent or adapters:
+        if (rank_given or (alpha_given and adapter in silent)) and adapter.rank != section.rank:
+            found = "layers of different ranks" if adapter.rank is None else f"rank {adapter.rank}"
+            remedy = "remove adapter.rank and adapter.alpha" if adapter.rank is None else f"set adapter.rank: {adapter.rank}"
+            raise ConfigError(f"adapter.rank({section.rank}) but {adapter.path} has {found}; {remedy}")
+        if alpha_given and adapter not in silent and adapter.alpha != section.alpha:
+            raise ConfigError(f"adapter.alpha({section.alpha:g}) but {adapter.path} states its own (alpha / rank = {_scales(adapter)}); remove adapter.alpha")
+    return [adapter.with_alpha(section.alpha) if alpha_given and adapter in silent else adapter for adapter in adapters]
+
+
+def _scales(adapter: Adapter) -> str:
+    scales = sorted({layer.scale for layer in adapter.layers.values()})
+    return f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
