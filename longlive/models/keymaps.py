@@ -95,7 +95,7 @@ def identify(names: Iterable[str]) -> str:
     names = set(names)
     if any(".lora_A." in n or ".lora_B." in n for n in names):
         return "lora"
-    if any(n.endswith("quantized_weight_values") for n in names):
+    if any(n.endswith(("quantized_weight_values", ".nvfp4.codes")) for n in names):
         return "nvfp4"
     if any(n.endswith("_extra_state") for n in names):
         return "transformer-engine"
