@@ -101,8 +101,11 @@ def _read_one(path: str, parts: dict[str, Tensor], rule: str, tile: int, dtype: 
     return NVFP4(codes, scales[:rows, : kept // GROUP].contiguous(), parts["amax"].reshape(()), rule, tile, (rows, columns), dtype, LINEAR)
 
 
-def write(weights: Mapping[str, NVFP4], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a container, with the prefix `model.`; amax is [1], which every published loader takes. All weights are matrices named PATH.weight."""
+def write(weights: Mapping[str, NVFP4], rest: Mapping[str, Tensor], *, amax_shape: tuple[int, ...] = (1,)) -> dict[str, Tensor]:
+    """The state dict of a container, with the prefix `model.`. All weights are matrices named PATH.weight.
+
+    amax is [1], which every published loader takes; the published CPU code writes it without dimensions (`amax_shape` ()).
+    """
     state = {PREFIX + name: tensor for name, tensor in rest.items()}
     for name, packed in weights.items():
         if not name.endswith(WEIGHT) or len(packed.shape) != 2:
@@ -113,7 +116,7 @@ def write(weights: Mapping[str, NVFP4], rest: Mapping[str, Tensor]) -> dict[str,
         scales = F.pad(packed.scales, (0, filled_columns // GROUP - packed.groups, 0, filled_rows - rows))
         state[path + "values"] = F.pad(packed.codes, fill)
         state[path + "scale_factors"] = swizzle(scales).view(torch.float8_e4m3fn)
-        state[path + "amax"] = packed.amax.reshape(1)
+        state[path + "amax"] = packed.amax.reshape(amax_shape)
         state[path + "metadata"] = torch.tensor([rows, columns, filled_rows, filled_columns], dtype=torch.int32)
     return state
 

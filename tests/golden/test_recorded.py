@@ -11,8 +11,7 @@ from longlive.evaluation.parity.rules import read_rules
 
 DATA = Path(__file__).with_name("data")
 RULES = read_rules(DATA)
-LATER = {"keys/nvfp4_converted_modules"}  # the conversion of modules has an issue of its own
-ENTRIES = [entry for entry in read_folder(DATA) if entry.name not in LATER]
+ENTRIES = read_folder(DATA)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -28,4 +27,4 @@ def test_the_data_is_complete():
         "ar_loss", "denoising_steps", "dit_bidirectional", "dit_cached_rollout", "dit_teacher_forcing", "error_buffer", "halo", "keys", "lora_merge", "nvfp4",
         "prompts", "sampler", "t5", "vae",
     }  # fmt: skip
-    assert len(ENTRIES) == 109
+    assert len(ENTRIES) == 110

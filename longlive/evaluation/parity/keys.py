@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...core.errors import CheckpointError, NotAvailable
+from ...models.fouroversix import write
 from ...models.keymaps import light_vae_name, strip_fsdp
 from ...models.lora import adapter_of, adapter_state, attach
 from ...models.spec import WAN22_TI2V_5B, WAN22_VAE, DiTDims
@@ -15,6 +16,8 @@ from ...models.umt5 import published_names, umt5_model, umt5_xxl_config
 from ...models.wan_dit import WanDiT
 from ...models.wan_vae import WanVAE
 from ...models.weights import build_on_meta, unwrap_generator
+from ...ops.nvfp4 import quantise
+from ...precision.selection import DEFAULT_FILTER, filtered, quantised_linears
 
 # Fields of a table that are words about the published code: nothing to compute. Ours is strict always and strips every wrapper.
 PROSE = {
@@ -51,10 +54,23 @@ def run_case(name: str, given: dict[str, Any]) -> dict[str, Any]:
         "lightmap": lambda given: {"map": {key: light_vae_name(key) for key in _diffusers_keys()}},
         "strip": _loading,
         "lora": _lora,
+        "quantmods": _quantised,
     }
     if given["what"] not in tables:
         raise NotAvailable(f"the key table {name!r}", f"known are {', '.join(tables)}")
     return tables[given["what"]](given)
+
+
+def _quantised(given: dict[str, Any]) -> dict[str, Any]:
+    """Layers packed by default, what the list keeps, and the container's keys. The published norms without weights are modules; ours are functions."""
+    model = WanDiT(_dims(given)).bfloat16()
+    converted = quantised_linears(model)
+    norms = [f"blocks.{block}.norm{number}" for block in range(len(model.blocks)) for number in (1, 2)]
+    state = model.state_dict()
+    packed = {f"{name}.weight": quantise(state.pop(f"{name}.weight")) for name in converted}
+    keys = {name.removeprefix("model."): tensor for name, tensor in write(packed, state, amax_shape=()).items()}
+    skipped = filtered([*dict(model.named_modules()), *norms], DEFAULT_FILTER)
+    return {"converted": sorted(converted), "skipped": sorted(skipped), "keys": sorted(_rows(keys))}
 
 
 def _rows(state: dict[str, Any]) -> list[list[Any]]:
