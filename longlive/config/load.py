@@ -190,9 +190,6 @@ def _derive(layered: Given) -> None:
     shape = value("data.image_or_video_shape")
     if value("num_output_frames") is None and isinstance(shape, tuple) and len(shape) == 5:
         layered["num_output_frames"] = (shape[1], "as data.image_or_video_shape[1]")
-    if any(k.startswith("adapter.") for k in layered) and value("adapter.alpha") is None:
-        rank = value("adapter.rank")
-        layered["adapter.alpha"] = (float(rank) if isinstance(rank, int) else rank, "as adapter.rank")
 
 
 def _first_problem(error: ValidationError, layered: Given, label: str) -> str:

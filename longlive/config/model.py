@@ -6,6 +6,8 @@ from typing import Literal
 
 from .section import Section, option
 
+FRESH_RANK = 16
+
 
 class ModelKwargs(Section):
     model_name: str = option("Wan2.2-TI2V-5B", "model by name; its files belong under wan_models/<name>/ (tiny ships in the package)")
@@ -22,9 +24,14 @@ class Adapter(Section):
     """LoRA; its presence in the file turns LoRA on."""
 
     type: Literal["lora"] = option("lora", "adapter kind")
-    rank: int = option(16, "LoRA rank", ge=1)
-    alpha: float | None = option(None, "LoRA scale is alpha / rank; null = rank")
+    rank: int | None = option(None, "LoRA rank; null = the file's when one is read, 16 when one is trained from nothing", ge=1)
+    alpha: float | None = option(None, "LoRA scale is alpha / rank, for files that state none; null = rank")
     weight: float | tuple[float, ...] = option(1.0, "generating: live weight, or one for each file of checkpoints.lora_ckpt; 0 = off")
     dropout: float = option(0.0, "LoRA dropout in training", ge=0, lt=1)
     apply_to_critic: bool = option(True, "distillation: put LoRA on the critic too")
     verbose: bool = option(False, "list the adapted layers")
+
+    @property
+    def fresh_rank(self) -> int:
+        """Rank of an adapter that training starts from nothing."""
+        return self.rank or FRESH_RANK

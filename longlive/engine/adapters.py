@@ -14,8 +14,6 @@ from ..core.log import logger, warn_once
 from ..models.lora import Adapter
 from ..models.lora_files import adapter_name, holds_lora, read_lora
 
-DERIVED = "as adapter.rank"
-
 
 def configured_adapters(config) -> list[tuple[Adapter, float]]:
     """(adapter, weight) for each, in order; names are those of the files, unique. [] without an adapter section.
@@ -54,19 +52,17 @@ def _fresh(name: str, taken) -> str:
 
 
 def _scaled(config, adapters: list[Adapter]) -> list[Adapter]:
-    """The adapters with the section's alpha where they state none."""
-    section, origin = config.adapter, config.provenance
-    rank_given = origin["adapter.rank"] != "default"
-    alpha_given = origin["adapter.alpha"] not in ("default", DERIVED)
+    """The adapters with the section's alpha where they state none. The section speaks for those; where all state one, it must agree with all."""
+    rank, alpha = config.adapter.rank, config.adapter.alpha
     silent = [adapter for adapter in adapters if any(layer.alpha is None for layer in adapter.layers.values())]
     for adapter in silent or adapters:
-        if (rank_given or (alpha_given and adapter in silent)) and adapter.rank != section.rank:
+        if rank is not None and adapter.rank != rank:
             found = "layers of different ranks" if adapter.rank is None else f"rank {adapter.rank}"
-            remedy = "remove adapter.rank and adapter.alpha" if adapter.rank is None else f"set adapter.rank: {adapter.rank}"
-            raise ConfigError(f"adapter.rank({section.rank}) but {adapter.path} has {found}; {remedy}")
-        if alpha_given and adapter not in silent and adapter.alpha != section.alpha:
-            raise ConfigError(f"adapter.alpha({section.alpha:g}) but {adapter.path} states its own (alpha / rank = {_scales(adapter)}); remove adapter.alpha")
-    return [adapter.with_alpha(section.alpha) if alpha_given and adapter in silent else adapter for adapter in adapters]
+            remedy = "remove adapter.rank" if adapter.rank is None else f"set adapter.rank: {adapter.rank}"
+            raise ConfigError(f"adapter.rank({rank}) but {adapter.path} has {found}; {remedy}")
+        if alpha is not None and not silent and adapter.alpha != alpha:
+            raise ConfigError(f"adapter.alpha({alpha:g}) but {adapter.path} states its own (alpha / rank = {_scales(adapter)}); remove adapter.alpha")
+    return [adapter if alpha is None else adapter.with_alpha(alpha) for adapter in adapters]
 
 
 def _scales(adapter: Adapter) -> str:

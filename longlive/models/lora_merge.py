@@ -37,7 +37,8 @@ def merge_weight(
     total = weight_OI.to(device=device, dtype=dtype if stepwise else exact)
     for layer, weight in parts:
         a_RI, b_OR = (t.to(device=device, dtype=dtype if stepwise else exact).to(exact) for t in (layer.a_RI, layer.b_OR))
-        total = total + ((b_OR @ a_RI) * (weight * layer.scale)).to(total.dtype)
+        scale = weight * layer.scale
+        total = total + ((b_OR @ a_RI) * scale).to(dtype) if stepwise else torch.addmm(total, b_OR, a_RI, alpha=scale)
     return total.to(dtype)
 
 

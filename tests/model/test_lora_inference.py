@@ -9,12 +9,14 @@ from tiny_pipeline import SPEC, Letters
 
 from longlive.cli.app import run
 from longlive.cli.scripts import merge_lora
-from longlive.config import default_config
+from longlive.config import default_config, load_config
+from longlive.config.show import config_yaml
 from longlive.core.errors import CheckpointError, ConfigError
 from longlive.core.geometry import Geometry
 from longlive.core.log import warn_once
 from longlive.core.story import Shot, Storyboard
 from longlive.engine import parts
+from longlive.engine.adapters import configured_adapters
 from longlive.engine.naming import film_tag
 from longlive.engine.pipeline import Pipeline
 from longlive.engine.rollout import RolloutSettings
@@ -106,10 +108,14 @@ def test_rank_and_alpha_speak_for_files_that_state_none(files):
     assert scale("adapter.rank=4", "adapter.alpha=8.0") == {2.0}
     with pytest.raises(ConfigError, match=r"adapter.rank\(16\) but .*few.pt has rank 4; set adapter.rank: 4"):
         scale("adapter.rank=16")
-    with pytest.raises(ConfigError, match=r"adapter.rank\(16\) but .*few.pt has rank 4"):
-        scale("adapter.alpha=8.0")
+    assert scale("adapter.alpha=8.0") == {2.0}
     with pytest.raises(ConfigError, match=r"adapter.alpha\(8\) but .*style.safetensors states its own \(alpha / rank = 3\)"):
         scale("adapter.alpha=8.0", lora="style.safetensors")
+    with pytest.raises(ConfigError, match=r"adapter.rank\(4\) but .*style.safetensors has rank 2"):
+        scale("adapter.rank=4", lora="style.safetensors")
+    assert scale("adapter.rank=4", lora=["few.pt", "style.safetensors"]) == {1.0, 3.0}  # the section is for the file that states none
+    shown = load_config(yaml.safe_load(config_yaml(config(files))))
+    assert configured_adapters(shown)[0][0].rank == 4  # what `config show` and receipts print loads back
     with pytest.raises(ConfigError, match="adapter.weight has 3 numbers for 1 LoRA files"):
         config(files, "adapter.weight=[1, 2, 3]")
 

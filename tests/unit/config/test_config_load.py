@@ -165,8 +165,7 @@ def test_documented_defaults():
     assert (config.chunk_frames, config.inference.local_attn_size, config.inference.sink_size) == (1, -1, 0)
     assert config.inference.guidance_scale == 1.0 and config.data.scene_cut_prefix == "The scene transitions. "
     assert config.num_output_frames == 128 and config.adapter is None
-    assert load_config({"adapter": {}}).adapter.rank == 16
-    assert load_config({"adapter": {"rank": 64}}).adapter.alpha == 64
+    assert load_config({"adapter": {}}).adapter.fresh_rank == 16 and load_config({"adapter": {"rank": 64}}).adapter.fresh_rank == 64
     assert load_config({"adapter": None}).adapter is None
 
 
