@@ -33,4 +33,5 @@ def hadamard(x: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
         raise InputError(f"the Hadamard transform turns blocks of {SIZE} values and a row has {x.shape[-1]}; pad both sides of the product with zeros first")
     matrix = hadamard_matrix(x.device, torch.promote_types(x.dtype, torch.float32))
     blocks = x.unflatten(-1, (-1, SIZE)).to(matrix.dtype)
-    return (blocks @ (matrix.T if inverse else matrix)).flatten(-2).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # which would narrow the sums
+        return (blocks @ (matrix.T if inverse else matrix)).flatten(-2).to(x.dtype)

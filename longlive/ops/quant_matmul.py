@@ -19,13 +19,13 @@ def w4a4(a: NVFP4, w: NVFP4, bias: torch.Tensor | None = None, *, dtype: torch.d
     """NVFP4 activations times NVFP4 weights: alpha * sum (code scale)(code scale) + bias, alpha = the product of both decode scales."""
     _fits(a.shape, w.shape)
     alpha = (a.decode_scale * w.decode_scale)[..., None, None]
-    return _finish(a.products().to(wide) @ w.products().to(wide).T * alpha.to(wide), bias, dtype or a.dtype)
+    return _finish(_sum(a.products(), w.products(), wide) * alpha.to(wide), bias, dtype or a.dtype)
 
 
 def w4a16(x: torch.Tensor, w: NVFP4, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None, wide: torch.dtype = torch.float32) -> torch.Tensor:
     """Activations as they are times weights dequantised to the type of the activations."""
     _fits(x.shape, w.shape)
-    return _finish(x.to(wide) @ w.dequantise(x.dtype).to(wide).T, bias, dtype or x.dtype)
+    return _finish(_sum(x, w.dequantise(x.dtype), wide), bias, dtype or x.dtype)
 
 
 def repack_fp8(w: NVFP4) -> RowFP8:
@@ -41,13 +41,18 @@ def w4a8(x: torch.Tensor, w: NVFP4, bias: torch.Tensor | None = None, *, dtype: 
 def w8a8(a: RowFP8, w: RowFP8, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None, wide: torch.dtype = torch.float32) -> torch.Tensor:
     """FP8 x FP8: the sum of products of codes, times both scales, plus bias."""
     _fits(a.shape, w.shape)
-    total = a.e4m3.to(wide) @ w.e4m3.to(wide).T
-    return _finish(total * a.scales.to(wide) * w.scales.to(wide).T, bias, dtype or a.dtype)
+    return _finish(_sum(a.e4m3, w.e4m3, wide) * a.scales.to(wide) * w.scales.to(wide).T, bias, dtype or a.dtype)
 
 
 def _fits(a: tuple[int, ...], w: tuple[int, ...]) -> None:
     if len(w) != 2 or a[-1] != w[-1]:
         raise InputError(f"activations {list(a)} and weights {list(w)} do not multiply: weights are [N, K] with the same K")
+
+
+def _sum(a: torch.Tensor, w: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """a w^T in `wide`, also where autocast would narrow it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(wide) @ w.to(wide).T
 
 
 def _finish(total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -48,6 +48,17 @@ def test_a_turned_product_is_the_product():
     assert near(w4a4(quantise(x, "static_6"), quantise(w, "static_6"), dtype=WIDE, wide=WIDE), exact, 0.2)
 
 
+def test_autocast_changes_nothing():
+    x, w = X.float(), quantise(W, "mse")
+
+    def products():
+        return hadamard(x[:, :192]), w4a4(quantise(x), w), w4a16(x, w), w4a8(x, w)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = products()
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(inside, products()))
+
+
 def relative(y):
     exact = X.double() @ W.double().T
     return ((y.double() - exact).square().sum() / exact.square().sum()).item()
