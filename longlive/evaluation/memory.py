@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..config import Config
 
 CHUNKS, SHOTS = 16, 4
-REMEMBERED = ("identity", "size", "marking")
+REMEMBERED = ("look", "identity", "size", "marking")
 MEASURES = (*REMEMBERED, "first_shot", "colour", "setting")
 WITHOUT_SINKS = ("inference.sink_size=0",)
 
@@ -114,6 +114,7 @@ def read_films(
 def score_memory(film: MemoryFilm, told: WorldStory) -> dict[str, float]:
     """The measures of one film, each 0..1. `told`: the film's own story, or another one's, which gives the score of chance.
 
+    look        mean of the three below: how much of the character came back
     identity    the last shot shows the film's character, in its colour, in the shape that the first shot was told
     size, marking  the same for these
     first_shot  the first shot shows that shape in that colour: the most that there is to remember
@@ -124,10 +125,14 @@ def score_memory(film: MemoryFilm, told: WorldStory) -> dict[str, float]:
     own, look = film.story.shots[0].roles[0].character, told.shots[0].roles[0].character
     start, back = _of_colour(film.first, own.colour), _of_colour(film.last, own.colour)
     shot = score_shot(told.shots[-1], film.last)
-    return {
+    kept = {
         "identity": float(back is not None and back.shape == look.shape),
         "size": float(back is not None and back.size == look.size),
         "marking": float(back is not None and back.marking == look.marking),
+    }
+    return {
+        "look": sum(kept.values()) / len(kept),
+        **kept,
         "first_shot": float(start is not None and start.shape == look.shape),
         "colour": shot["colour"],
         "setting": shot["setting"],
