@@ -25,7 +25,8 @@ def memory(
     """Make films in which a character is told once, goes away and comes back, with and without attention sinks; all scores 0..1.
 
     identity: the last shot shows the colour and shape that the first caption told, though its own caption names the colour alone; size and
-    marking likewise; look: the mean of the three. first_shot: the first shot shows them. colour, setting: told in the last caption. Trailing key=value words change the settings.
+    marking likewise; look: the mean of the three. first_shot: the first shot shows them. colour, setting: told in the last caption. Trailing
+    key=value words change the settings.
     """
     from ..config import default_config
     from ..engine.pipeline import Pipeline, choose_device

@@ -58,7 +58,7 @@ def contact_sheet(video: Path, rows: Sequence[SheetRow], output: Path, columns: 
         for column, index in enumerate(picked_frames(row, columns)):
             page.paste(pictures[index], (MARGIN + column * (width + MARGIN), top + LINE_HEIGHT * len(text)))
         top += row_height
-    return _save(page, output)
+    return save_png(page, output, "give a writable folder with space")
 
 
 def _wrapped(text: str, page_width: int) -> list[str]:
@@ -66,12 +66,13 @@ def _wrapped(text: str, page_width: int) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), width=max(20, page_width // (TEXT_SIZE // 2)), max_lines=MAX_LINES, placeholder=" ...") or [""]
 
 
-def _save(page, output: Path) -> Path:
+def save_png(page, output: Path, remedy: str) -> Path:
+    """Writes a picture in one piece or not at all. Raises InputError that ends with `remedy`."""
     beside = output.with_name(output.name + ".tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         page.save(beside, format="PNG")
         os.replace(beside, output)
     except OSError as error:
-        raise InputError(f"cannot write {output} ({error.strerror or error}); give a writable folder with space") from error
+        raise InputError(f"cannot write {output} ({error.strerror or error}); {remedy}") from error
     return output

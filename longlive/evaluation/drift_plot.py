@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.errors import InputError
+from .contact_sheet import save_png
 from .drift import CURVES, SHOWN
 
 COLUMNS, PANEL = 3, (300, 160)  # panels side by side; pixels of one, its title included
@@ -27,7 +26,7 @@ def plot_curves(rows: Sequence[dict[str, float | None]], output: Path) -> Path:
         left = MARGIN + number % COLUMNS * (width + MARGIN)
         top = MARGIN + number // COLUMNS * (height + MARGIN)
         _panel(draw, font, name, [(row["from_second"], row[name]) for row in rows if row[name] is not None], (left, top), rows[-1]["from_second"])
-    return _save(page, output)
+    return save_png(page, output, "give --plot a file in a writable folder with space")
 
 
 def _panel(draw, font, name: str, points: list[tuple[float, float]], corner: tuple[int, int], last: float) -> None:
@@ -48,14 +47,3 @@ def _panel(draw, font, name: str, points: list[tuple[float, float]], corner: tup
         draw.line(places, fill=LINE, width=2)
     for x, y in places:
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=LINE)
-
-
-def _save(page, output: Path) -> Path:
-    beside = output.with_name(output.name + ".tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        page.save(beside, format="PNG")
-        os.replace(beside, output)
-    except OSError as error:
-        raise InputError(f"cannot write {output} ({error.strerror or error}); give --plot a file in a writable folder with space") from error
-    return output
