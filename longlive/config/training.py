@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from .quant import Quantisation
 from .section import Section, option
@@ -15,6 +17,9 @@ class Infra(Quantisation):
     sharding_strategy: Literal["full", "hybrid_full", "hybrid_zero2", "no_shard"] = option("hybrid_full", "how parameters are sharded")
     mixed_precision: bool = option(True, "bf16 compute, fp32 masters and reductions")
     gradient_checkpointing: bool = option(True, "recompute activations of each transformer block")
+    keep_attention: Literal["auto"] | Annotated[int, Field(ge=0)] = option(
+        "auto", "with gradient_checkpointing: blocks that keep what attention read instead of attending again; auto = as many as fit"
+    )
     vae_halo_latents: int = option(28, "sequence-parallel VAE encode: latents of left context (27 is exact)", ge=0)
     generator_fsdp_wrap_strategy: Wrap = option("size", "FSDP units of the generator")
     text_encoder_fsdp_wrap_strategy: Wrap = option("size", "FSDP units of the text encoder")

@@ -19,9 +19,12 @@ from torch import nn
 
 from ..cache.attend import visible_tensor
 from ..config.root import Config
+from ..core.log import logger
 from ..diffusion.flow import TrainTable, train_table
 from ..engine.pipeline import rollout_settings
 from ..models.spec import ModelSpec, model_spec
+from ..models.wan_dit import WanDiT
+from ..ops.merged_attention import part_kernel
 from ..parallel.apply import Plan, apply
 from ..parallel.mesh import Mesh, check_heads
 from .clips import Clips, ClipSource, Words, open_clips
@@ -29,6 +32,8 @@ from .compiled import checkpoint_blocks, compile_blocks
 from .evaluate import Evaluator
 from .export import save_generator
 from .film_step import FilmStep
+from .guards import device_memory
+from .memory import TrainingMemory, training_memory
 from .objective import FlowTarget, augmentation_range, draw_indices, flow_target, know_first_frames, mix, per_frame
 from .recycling import LATENT, Perturbed, merged_states, recycler, whole_velocities
 from .sharded import film_layout
@@ -67,11 +72,13 @@ class DiffusionTask:
         self.table = TrainTable(table.sigmas.to(device), table.timesteps.to(device), weights.to(device))
         self.mixed = config.infra.mixed_precision and device.type == "cuda"
         self.clips: ClipSource = open_clips(config, spec, device, mesh)
-        self.step = FilmStep(mesh, film_layout(self.clips.frames, self.settings.noisy_copies, mesh), self.settings.compile)
         module = starting_generator(config, spec, device)
         check_heads(module.dims.heads, mesh.sp_size)
         self.module: nn.Module = module
         self.clips.load(module.dims)
+        self.memory = self._memory(module)
+        layout = film_layout(self.clips.frames, self.settings.noisy_copies, mesh)
+        self.step = FilmStep(mesh, layout, self.settings.compile, self.memory.kept)
         self.recycler = recycler(config, self.clips.frames // config.chunk_frames, mesh, device)
         self.evaluator = self._evaluator(spec, logdir) if logdir is not None and config.evaluation.interval > 0 else None
         plan = Plan(
@@ -84,6 +91,18 @@ class DiffusionTask:
             compile=compile_blocks if self.settings.compile else None,
         )
         apply(self.module, device, plan)
+
+    def _memory(self, module: WanDiT) -> TrainingMemory:
+        """The estimate for this process. Attention over the whole history at absolute positions can be kept where a kernel of the card reads it."""
+        parts, parameters = self.clips.frozen_parts(), sum(p.numel() for p in module.parameters())
+        sample = torch.empty(0, 0, 1, module.dims.head_dim, dtype=torch.bfloat16 if self.mixed else torch.float32, device=self.device)
+        keeps = part_kernel(sample) is not None and self.settings.visibility == "all" and not self.rollout.relative
+        if not keeps and self.config.infra.keep_attention not in ("auto", 0):
+            logger.warning("infra.keep_attention does nothing here: it needs a GPU in bfloat16, training.visibility: all, and absolute positions")
+        return training_memory(
+            self.config, module.dims, parameters, None if parts.codec is None else parts.codec.vae.dims,
+            umt5=parts.umt5, frames=self.clips.frames, world=self.mesh.size, mixed=self.mixed, card=device_memory(self.device) if keeps else None,
+        )  # fmt: skip
 
     def _evaluator(self, spec: ModelSpec, logdir: Path) -> Evaluator:
         """It uses the frozen networks of the run where they are large, and as generation has them."""

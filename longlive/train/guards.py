@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -41,6 +42,14 @@ def no_memory(error: Exception, config: Mapping) -> str | None:
     frames = config.get("data", {}).get("image_or_video_shape", [0, 0])[1]
     advice = [f"training.batch_size({training.get('batch_size')})", f"data.image_or_video_shape[1]({frames} latent frames)"]
     raised = [] if infra.get("gradient_checkpointing") else ["infra.gradient_checkpointing: true"]
+    raised += ["infra.keep_attention: 0"] if infra.get("keep_attention", 0) != 0 else []
     raised += [f"a larger infra.sequence_parallel_size({infra.get('sequence_parallel_size')})"]
     raised += ["infra.sharding_strategy: full"] if infra.get("sharding_strategy") != "full" else []
     return f"out of memory ({text.splitlines()[0][:160]}); lower {' or '.join(advice)}, or use {' or '.join(raised)}"
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of this host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

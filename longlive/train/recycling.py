@@ -11,7 +11,6 @@ Legend: B batch, F latent frames, c chunks, f latent frames of a chunk, C latent
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ..diffusion.flow import train_table
 from ..parallel.mesh import Mesh
 from ..parallel.shard import Layout
 from .error_buffer import BufferSizes, ErrorBuffer, Pick, merged
+from .guards import device_memory
 from .objective import FlowTarget, per_frame
 
 if TYPE_CHECKING:
@@ -228,11 +228,11 @@ def recycler(config: "Config", chunks: int, mesh: Mesh, device: torch.device) ->
         return None
     entry = (config.chunk_frames, *config.data.image_or_video_shape[2:])
     full = 2 * buffer_sizes(s, entry, chunks, mesh).nbytes
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    total = device_memory(device) if device.type == "cuda" else 0
     store = device if full <= total * DEVICE_SHARE else torch.device("cpu")
     reached = min(full, reachable_bytes(config, entry, chunks, mesh.dp_size))
     if store.type == "cpu":
-        check_memory(reached * int(environment("LOCAL_WORLD_SIZE", "1")), host_memory(), s.max_size_per_bucket)
+        check_memory(reached * int(environment("LOCAL_WORLD_SIZE", "1")), device_memory(store), s.max_size_per_bucket)
     logger.info("error recycling: at most %.2f GB in this run (%.2f GB when full) on %s, in each process", reached / 1e9, full / 1e9, store)
     sigmas = train_table(config.model_kwargs.timestep_shift).sigmas
     return Recycler(s, sigmas=sigmas, entry=entry, chunks=chunks, device=device, mesh=mesh, store=store)
@@ -254,11 +254,6 @@ def check_memory(needed: float, memory: int, capacity: int) -> None:
     if needed > memory:
         have = f"the error buffers of this host's processes can grow to {needed / 1e9:.0f} GB, and it has {memory / 1e9:.0f} GB"
         raise ConfigError(f"{have}; lower training.error_recycling.max_size_per_bucket({capacity}) or num_buckets")
-
-
-def host_memory() -> int:
-    """Bytes of memory of this host."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _on_host(flows: Sequence[FlowTarget], index_Bc: Sequence[torch.Tensor]) -> tuple[list, list]:

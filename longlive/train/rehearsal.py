@@ -15,7 +15,7 @@ from ..config import Config
 from ..config.show import config_table
 from ..core.geometry import Geometry, pixel_frames
 from .launch import Launched, launch, loop_settings
-from .memory import GIB, TrainingMemory, training_memory
+from .memory import GIB, TrainingMemory
 from .trainer import Loop
 
 
@@ -53,16 +53,7 @@ def rehearse(config: Config, task_class: Callable) -> Rehearsal:
             auto_resume=False,
         )
         row = loop.rehearse()
-        return Rehearsal(_about(ready), _estimate(ready), row, _used(ready.device))
-
-
-def _estimate(ready: Launched) -> TrainingMemory:
-    task, config = ready.task, ready.config
-    parameters = sum(p.numel() for p in task.module.parameters())
-    parts = task.clips.frozen_parts()
-    mixed = config.infra.mixed_precision and ready.device.type == "cuda"
-    vae = None if parts.codec is None else parts.codec.vae.dims
-    return training_memory(config, task.module.dims, parameters, vae, umt5=parts.umt5, frames=task.clips.frames, world=ready.replicas.size, mixed=mixed)
+        return Rehearsal(_about(ready), ready.task.memory, row, _used(ready.device))
 
 
 def _about(ready: Launched) -> tuple[tuple[str, str], ...]:
