@@ -91,12 +91,12 @@ def _make_root(module: nn.Module) -> None:
     """FSDP takes the part that runs first for the root; an entry may run before the module itself does."""
     module.fsdp_start = _nothing
     register_fsdp_forward_method(module, "fsdp_start")
-    module.fsdp_start()
+    module.fsdp_start(None)  # torch 2.11 fails on a CUDA device where there is no argument
     del module.fsdp_start
     module.reshard()
 
 
-def _nothing() -> None:
+def _nothing(_: None) -> None:
     return None
 
 
