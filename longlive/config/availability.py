@@ -10,14 +10,9 @@ GENERATE, TRAIN = "generate", "train"
 
 def availability(config: Config, purpose: str) -> None:
     """Raises NotAvailable for the first setting of `config` that `purpose` ("generate" or "train") cannot serve."""
-    for used, feature, remedy in [*(_generate(config) if purpose == GENERATE else _train(config)), *_everywhere(config)]:
+    for used, feature, remedy in _generate(config) if purpose == GENERATE else _train(config):
         if used:
             raise NotAvailable(feature, remedy)
-
-
-def _everywhere(c: Config):
-    yield c.infra.model_quant, "NVFP4 (model_quant: true)", "set model_quant: false to run in bf16"
-    yield c.fp8_quant, "FP8 (fp8_quant: true)", "set fp8_quant: false to run in bf16"
 
 
 def _generate(c: Config):
@@ -27,6 +22,8 @@ def _generate(c: Config):
 
 
 def _train(c: Config):
+    yield c.infra.model_quant, "NVFP4 (model_quant: true)", "set model_quant: false to run in bf16"
+    yield c.fp8_quant, "FP8 (fp8_quant: true)", "set fp8_quant: false to run in bf16"
     yield c.algorithm.trainer == "score_distillation", "distillation (algorithm.trainer: score_distillation)", "train with trainer: diffusion"
     yield c.adapter is not None, "training a LoRA (the adapter section)", "remove the adapter section and lora_ckpt to train all weights"
     ranks, kind = c.infra.sequence_parallel_size, c.algorithm.trainer

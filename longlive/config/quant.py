@@ -29,7 +29,9 @@ def quant_fields(prefix: str, *, inherits: bool) -> dict:
 
 
 class _Backend(Section):
-    model_quant_backend: str | None = option(None, "GEMM backend; null = the best this machine has")
+    model_quant_backend: str | None = option(None, "how NVFP4 weights are computed: native, emulated, w4a8, w4a16; null = the best this machine has")
+    model_quant_skip_first_blocks: int = option(0, "transformer blocks at the start that stay in bf16", ge=0)
+    model_quant_skip_last_blocks: int = option(0, "transformer blocks at the end that stay in bf16", ge=0)
     model_quant_use_transformer_engine: bool = option(False, "quantise merged bf16 weights at run time with TransformerEngine")
     model_quant_te_inference_only: bool = option(True, "TransformerEngine without what training needs")
     model_quant_te_low_precision_weights: bool = option(True, "TransformerEngine keeps only packed weights")

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import InputError
+from ..core.errors import ConfigError, InputError
+from ..core.log import logger
 from ..models.codec import VideoCodec, cpu_dtype
 from ..models.light_vae import read_codec, vae_place
 from ..models.lora import Adapter, add
 from ..models.lora_merge import merging
+from ..models.packed_state import split_packed, without_weights
 from ..models.shipped import VAE_FILE, asset, dit_path
 from ..models.sizes import dit_dims, read_model_config, shapes_of
 from ..models.spec import ModelSpec, vae_type
 from ..models.text import TextEncoder, text_encoder
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, load_into, native_state, read_state, refuse_lora_on_merged
+from ..precision.configured import configured_converter
 from .adapters import configured_adapters
 
 CPU_GROUP = 2  # latent frames decoded at a time on a CPU, whose cache likes small pieces
@@ -32,19 +35,38 @@ def load_dit(
 ) -> tuple[WanDiT, Path]:
     """The generator of `checkpoints.generator_ckpt`; without one, the small model's shipped weights or the base model's folder.
 
-    `adapters` (default: those that the configuration names) are merged with `merge_lora`, else they stay beside it, live, in `dtype`.
+    `adapters` (default: those that the configuration names) are merged with `merge_lora`, else they stay beside it, live, in `dtype`. With `fp8_quant` or
+    `model_quant` linear layers are quantised in between, or taken as the checkpoint holds them. Order: load, merge, convert, live LoRA.
     """
     adapters = configured_adapters(config) if adapters is None else adapters
     path = generator_path(config, spec)
-    state = native_state(read_state(path, use_ema=config.inference.use_ema, kind="generator"), "generator")
+    packed, state = split_packed(read_state(path, use_ema=config.inference.use_ema, kind="generator"), named_rule(config))
+    converter = configured_converter(config, device, packed)
+    state = native_state(state, "generator")
     refuse_lora_on_merged(state.metadata, ", ".join(str(adapter.path) for adapter, _ in adapters))
-    dims = dit_dims(shapes_of(state.tensors), spec.dit, model_config(path, spec))
-    dit = build_on_meta(lambda: WanDiT(dims))
-    merged = merging(adapters, spec, shapes_of(state.tensors), dtype, device) if adapters and config.merge_lora else None
-    load_into(dit, state, kind="generator", device=device, dtype=dtype, change=merged)
-    for adapter, weight in adapters if not config.merge_lora else ():
+    merge = bool(adapters) and config.merge_lora
+    if merge and packed:
+        raise ConfigError(f"{path} holds quantised weights, into which no LoRA can be merged; set merge_lora: false, or merge into the bf16 checkpoint")
+    shapes = shapes_of(state.tensors) | shapes_of(packed)
+    dit = build_on_meta(lambda: WanDiT(dit_dims(shapes, spec.dit, model_config(path, spec))))
+    without_weights(dit, packed)
+    merged = merging(adapters, spec, shapes, dtype, device) if merge else None
+    # what is converted goes to the device layer by layer: the card never holds the whole model in bf16
+    load_into(dit, state, kind="generator", device=device if converter is None else "cpu", dtype=dtype, change=merged)
+    if converter is not None:
+        logger.warning("%s", converter.convert(dit, spec).line())
+        dit.to(device)
+    for adapter, weight in adapters if not merge else ():
         add(dit, spec, adapter, weight=weight, dtype=dtype)
     return dit.eval().requires_grad_(False), path
+
+
+def named_rule(config) -> str | None:
+    """The scale rule that the configuration names for weights; None where it is left to the checkpoint."""
+    for key in ("model_quant_weight_scale_rule", "model_quant_scale_rule"):
+        if config.provenance[f"infra.{key}"] != "default" and config.infra.model_dump()[key] is not None:
+            return config.infra.model_dump()[key]
+    return None
 
 
 def generator_path(config, spec: ModelSpec) -> Path:

@@ -30,6 +30,7 @@ REMEDY = {
 }
 VAE_ENTRIES = ("state_dict", "gen_model", "generator")
 MERGED_FORMAT = "longlive_generator_merged_lora"
+QUANTIZATION = "quantization"  # the record of a container with packed weights (`fouroversix`)
 HASH_WHOLE_BELOW = 2**30
 SAMPLE = 2**20
 
@@ -59,7 +60,7 @@ def read_state(path: str | Path, *, use_ema: bool = False, entry: str | None = N
         taken = _take(content, Path(path), use_ema, entry, kind)
         if not isinstance(taken, Mapping):
             raise CheckpointError(f"{path}: its generator entry is a {type(taken).__name__}, not a dictionary of tensors; save a state dict")
-        metadata |= info | {k: v for k, v in content.items() if isinstance(v, (str, int, float, bool))}
+        metadata |= info | {k: v for k, v in content.items() if isinstance(v, (str, int, float, bool)) or k == QUANTIZATION}
         tensors |= {keymaps.strip_wrappers(k): v for k, v in taken.items() if isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; check that it is a checkpoint")

@@ -80,7 +80,7 @@ def test_films_are_not_overwritten_unless_asked(monkeypatch, places, tmp_path, c
     [
         (["--use_te_quant", "--no_use_te_quant"], "exclude each other"),
         (["--use_te_quant"], "model_quant: false"),
-        (["--use_te_quant", "model_quant=true"], "not available yet"),
+        (["--use_te_quant", "model_quant=true"], "TransformerEngine is not installed"),
         (["sp_size=2"], "sp_size(2) x dp_size(1)"),
         (["checkpoints.generator_ckpt=nowhere.pt"], "nowhere.pt"),
         (["num_output_frames=12"], "num_output_frames(12) % num_frame_per_block(8) = 4"),

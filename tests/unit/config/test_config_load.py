@@ -236,8 +236,8 @@ def test_what_is_not_available_says_so():
     from longlive.config import availability
 
     for source, purpose in (
-        ({"model_quant": True}, "generate"),
-        ({"fp8_quant": True}, "generate"),
+        ({"model_quant": True}, "train"),
+        ({"fp8_quant": True}, "train"),
         ({"adapter": {}}, "train"),
         ({**CHUNK8, "sp_size": 2}, "generate"),
         ({"kv_quant": True}, "generate"),

@@ -1,0 +1,95 @@
+"""NVFP4 x NVFP4 and products with NVFP4 weights: on FP4 tensor cores, and the same numbers where there are none.
+
+`native` hands packed operands to cuBLASLt; `emulated` multiplies code x scale, which is exact in bfloat16, adds in float32 and applies alpha, the product of
+both decode scales, to the finished sum. The two differ in the order of addition only (spec nvfp4 §1.5, §6.3).
+
+Legend: B independent tensors with an amax each, M rows of activations, N output features, K values summed over.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import nvfp4
+from .fp8 import RowFP8, to_e4m3
+from .nvfp4 import NVFP4
+from .triton_available import fused
+
+
+def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b^T in float32 of operands that are exact in bfloat16: one product of bfloat16 matrices on a GPU, of float32 ones elsewhere."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda:
+            return torch.mm(a.to(torch.bfloat16), b.to(torch.bfloat16).t(), out_dtype=torch.float32)
+        return a.to(torch.float32) @ b.to(torch.float32).t()
+
+
+def quantised_activation(x: torch.Tensor, rule: str, amax: torch.Tensor | None = None) -> NVFP4:
+    """`x` [B, M, K] in NVFP4 with an amax for each of B (`amax` float32 [B]: of a whole of which x is a part); no wait for the device, NaN stays NaN."""
+    if fused(x):
+        from .triton_fp4 import quantise_fused
+
+        return quantise_fused(x, rule, amax=amax)
+    return nvfp4.quantise(x, rule, amax=amax, on_nonfinite="nan")
+
+
+def products(t: NVFP4, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """[..., R, K]: code * scale, which `dtype` holds exactly."""
+    if fused(t.codes):
+        from .triton_fp4 import unpack_fused
+
+        return unpack_fused(t, torch.ones_like(t.amax), dtype)
+    return t.products().to(dtype)
+
+
+def dequantised(w: NVFP4, dtype: torch.dtype) -> torch.Tensor:
+    """`w.dequantise(dtype)`, in one pass on a GPU."""
+    if fused(w.codes):
+        from .triton_fp4 import unpack_fused
+
+        return unpack_fused(w, w.decode_scale, dtype)
+    return w.dequantise(dtype)
+
+
+def as_rows(w: NVFP4, scales: torch.Tensor) -> RowFP8:
+    """Weights [N, K] as FP8 with the row scales [N, 1] that `quant_matmul.repack_fp8` found: the same codes, without looking for the largest again."""
+    if fused(w.codes):
+        from .triton_fp4 import rows_fused
+
+        return rows_fused(w, scales)
+    codes = to_e4m3(w.dequantise(torch.float32) / scales).view(torch.uint8)
+    return RowFP8(codes, scales, w.dtype)
+
+
+def emulated(a: NVFP4, w: NVFP4, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """[B, M, N] in `dtype` from activations [B, M, K] and weights [N, K]."""
+    batch, rows, inner = a.shape
+    total = wide_product(products(a).reshape(batch * rows, inner), products(w)).unflatten(0, (batch, rows))
+    total = total * (a.decode_scale * w.decode_scale)[:, None, None]
+    return (total if bias is None else total + bias.to(torch.float32)).to(dtype)
+
+
+def native(a: NVFP4, w: NVFP4, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """As `emulated`, on FP4 tensor cores. `w` best has swizzled scales. `dtype` bfloat16 or float16 is that of the cores' own output."""
+    kinds = F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise
+    orders = F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE
+    out_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    weights = w.swizzled()
+    a = a.swizzled()
+    outs = [
+        F.scaled_mm(
+            codes.view(torch.float4_e2m1fn_x2),
+            weights.codes.view(torch.float4_e2m1fn_x2).t(),
+            scale_a=[scales.view(torch.float8_e4m3fn), scale.reshape(())],
+            scale_recipe_a=list(kinds),
+            scale_b=[weights.scales.view(torch.float8_e4m3fn), weights.decode_scale.reshape(())],
+            scale_recipe_b=list(kinds),
+            swizzle_a=list(orders),
+            swizzle_b=list(orders),
+            bias=None if bias is None else bias.to(out_dtype),
+            output_dtype=out_dtype,
+        )
+        for codes, scales, scale in zip(a.codes, a.scales, a.decode_scale)
+    ]
+    return torch.stack(outs).to(dtype)

@@ -1,0 +1,74 @@
+"""From a configuration to the converter it asks for. The choice of a backend is said once, with the key that changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..core.errors import CheckpointError, ConfigError
+from ..core.log import warn_once
+from ..ops.nvfp4 import NVFP4
+from ..ops.packed import PackedTensor
+from .backends import BACKENDS, FLOATING, FP8, PACKED, TE, TORCHAO, Backend, best_packed, choose
+from .capability import Capability, probe
+from .converter import LinearConverter, Selection
+from .packages import TransformerEngineLinear, torchao_layer
+
+
+def configured_converter(
+    config, device: torch.device, given: Mapping[str, PackedTensor] | None = None, capability: Capability | None = None
+) -> LinearConverter | None:
+    """The converter of `fp8_quant` or `model_quant`, None for neither. `given`: weights that the checkpoint holds quantised.
+
+    Raises ConfigError for a backend that the device lacks, CheckpointError for a quantised checkpoint that the configuration does not ask for.
+    """
+    given, capability = given or {}, capability or probe(device)
+    q = config.infra
+    if not (config.fp8_quant or q.model_quant):
+        if given:
+            kinds = {weight.name for weight in given.values()}
+            key = "model_quant" if "nvfp4" in kinds else "fp8_quant"
+            raise CheckpointError(f"the checkpoint holds {' and '.join(sorted(kinds))} weights; set {key}: true, or give the bf16 checkpoint")
+        return None
+    selection = Selection(
+        filtered=q.model_quant_filtered_modules or (),
+        default=q.model_quant_use_default_filtered_modules,
+        skip_first=q.model_quant_skip_first_blocks,
+        skip_last=q.model_quant_skip_last_blocks,
+    )
+    backend, key = _backend(config, given, capability)
+    warn_once(f"{backend.words} ({backend.name}) on {capability.name}; {key} chooses another way")
+    rules = {
+        "weight_rule": q.model_quant_weight_scale_rule or q.model_quant_scale_rule,
+        "activation_rule": q.model_quant_activation_scale_rule,
+    }
+    return LinearConverter(backend=backend, selection=selection, given=given, device=device, prepare=_prepare(config, backend, device), **rules)
+
+
+def _backend(config, given: Mapping[str, PackedTensor], capability: Capability) -> tuple[Backend, str]:
+    q = config.infra
+    if config.fp8_quant:
+        return choose(config.fp8_backend, "fp8_backend", FLOATING, FP8, capability), "fp8_backend"
+    key = "model_quant_backend"
+    if q.model_quant_use_transformer_engine:
+        if any(isinstance(weight, NVFP4) for weight in given.values()):
+            raise ConfigError(
+                "the checkpoint holds packed NVFP4 weights and model_quant_use_transformer_engine is true: TransformerEngine quantises merged bf16 "
+                "weights; set it to false, or give the merged bf16 checkpoint"
+            )
+        reason = BACKENDS[TE].lacks(capability)
+        if reason is None or not q.model_quant_te_fallback_to_fouroversix:
+            return choose(TE, key, (TE,), TE, capability), "model_quant_use_transformer_engine"
+        warn_once(f"TransformerEngine cannot be used: {reason}; model_quant_te_fallback_to_fouroversix takes our own backend")
+    return choose(q.model_quant_backend, key, PACKED, best_packed(capability), capability), key
+
+
+def _prepare(config, backend: Backend, device: torch.device):
+    q = config.infra
+    if backend.name == TORCHAO:
+        return lambda name, layer: torchao_layer(name, layer.to(device))
+    if backend.name == TE:
+        options = (q.model_quant_te_recipe_kwargs or {}, q.model_quant_te_module_kwargs or {}, q.model_quant_te_low_precision_weights)
+        return lambda name, layer: TransformerEngineLinear(layer.to(device), *options)
+    return None
