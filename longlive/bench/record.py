@@ -77,15 +77,19 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None or not self.writes:
-            return
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({**self.head, "cases": self.cases}, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise InputError(f"cannot write {self.path} ({error.strerror}); give --json a file in a writable folder") from None
+        if self.path is not None and self.writes:
+            write_json(self.path, {**self.head, "cases": self.cases})
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes beside `path`, then renames."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give --json a file in a writable folder") from None
 
 
 def _read_cases(path: Path) -> list[dict]:

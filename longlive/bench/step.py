@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -41,7 +42,10 @@ SHIFT = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """`recompute`: activations of no block or of every block; `keep_reads`: in so many blocks but for what self-attention read. `window`: visible pages."""
+    """`recompute`: activations of no block or of all but the last `keep_blocks`; `keep_reads`: of those, so many keep what self-attention read.
+
+    `window`: visible pages.
+    """
 
     frames: int
     layout: str
@@ -49,6 +53,7 @@ class StepSettings:
     fsdp: str = "full"
     recompute: str = "blocks"
     keep_reads: int = 0
+    keep_blocks: int = 0
     compile: bool = False
 
 
@@ -64,7 +69,8 @@ class TrainingStep:
         self.module = random_generator(dims, device)
         plan = Plan(
             blocks=spec.block_patterns, entries=spec.entry_patterns, strategy=settings.fsdp, bf16=self.mixed,
-            recompute=None if settings.recompute == "none" else checkpoint_blocks, compile=compile_blocks if settings.compile else None,
+            recompute=None if settings.recompute == "none" else partial(checkpoint_blocks, keep=settings.keep_blocks),
+            compile=compile_blocks if settings.compile else None,
         )  # fmt: skip
         apply(self.module, device, plan)
         self.sharded = is_sharded(self.module)

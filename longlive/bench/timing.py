@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -11,9 +12,20 @@ import torch
 KINDS = (
     ("communication", ("nccl",)),
     ("attention", ("fmha", "flash", "sdpa", "mha_", "attention")),
+    ("fused", ("fused_",)),
+    ("copies", ("memcpy", "memset", "copy", "catarray", "nchwtonhwc", "nhwctonchw", "converttensor")),
+    ("convolution", ("fprop", "dgrad", "wgrad", "conv", "implicit")),
     ("gemm", ("gemm", "nvjet", "cutlass", "xmma", "wgmma", "cublas")),
-    ("copies", ("memcpy", "memset", "copy", "catarray")),
 )
+
+
+class Kernel(NamedTuple):
+    """A kernel's launches taken together."""
+
+    name: str
+    kind: str
+    seconds: float
+    launches: int
 
 
 def synchronize(device: torch.device) -> None:
@@ -42,17 +54,33 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, words in KINDS if any(word in name for word in words)), "elementwise")
 
 
-def kernel_seconds(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of kernels of each kind on this GPU during `work`, longest first; those that overlap count in full."""
+def kernels(work: Callable[[], object], device: torch.device) -> list[Kernel]:
+    """The kernels on this GPU during `work`, by name, longest first; none on a CPU."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
+    if device.type != "cuda":
+        work()
+        return []
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         synchronize(device)
-    found: dict[str, float] = {}
-    for event in profiler.key_averages():
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:  # a named range spans kernels that are counted already
-            kind = kind_of(event.key)
-            found[kind] = found.get(kind, 0.0) + event.self_device_time_total / 1e6
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    found = [
+        Kernel(event.key, kind_of(event.key), event.self_device_time_total / 1e6, event.count)
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation  # a named range spans kernels that are counted already
+    ]
+    return sorted(found, key=lambda kernel: -kernel.seconds)
+
+
+def by_kind(found: list[Kernel]) -> dict[str, float]:
+    """Seconds of kernels of each kind, longest first; those that overlap count in full."""
+    kinds: dict[str, float] = {}
+    for kernel in found:
+        kinds[kernel.kind] = kinds.get(kernel.kind, 0.0) + kernel.seconds
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def kernel_seconds(work: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds of kernels of each kind on this GPU during `work`."""
+    return by_kind(kernels(work, device))

@@ -44,7 +44,7 @@ OUT_OF_MEMORY = "out of memory"
 class TrainSettings:
     """What to measure. `layers`, `keep_reads`, `window` None: all blocks, all of them, the whole history.
 
-    A case that runs out of memory is tried again with half of `keep_reads`, then with none, then with `fallback_layers` blocks (None: not).
+    A case that runs out of memory is tried again without `keep_blocks`, with half of `keep_reads`, with none, then with `fallback_layers` blocks (None: not).
     `case_seconds` ends the timed steps of a case early (one is always taken); no case starts after `seconds`.
     """
 
@@ -61,6 +61,7 @@ class TrainSettings:
     fsdp: str = "full"
     recompute: str = "blocks"
     keep_reads: int | None = None
+    keep_blocks: int = 0
     compile: bool = False
     profile: bool = True
 
@@ -82,8 +83,9 @@ class TrainSettings:
         for name, value in (("--layers", self.layers), ("--fallback-layers", self.fallback_layers)):
             if value is not None and not 1 <= value <= spec.dit.layers:
                 raise InputError(f"{name} {value}: the model has 1 to {spec.dit.layers}")
-        if self.keep_reads is not None and self.keep_reads < 0:
-            raise InputError(f"--keep-reads {self.keep_reads} is negative; use 0 or more blocks")
+        for name, value in (("--keep-reads", self.keep_reads), ("--keep-blocks", self.keep_blocks)):
+            if value is not None and value < 0:
+                raise InputError(f"{name} {value} is negative; use 0 or more blocks")
         if self.steps < 1 or self.warmup < 0 or (self.window is not None and self.window < 2):
             raise InputError(f"--steps {self.steps}, --warmup {self.warmup}, --window {self.window}: at least 1, 0 and 2")
 
@@ -139,8 +141,8 @@ class _Bench:
         began = time.perf_counter()
         for frames in sorted(self.settings.frames):
             for layout in self.settings.layouts:
-                for layers, keep_reads in self._tries():
-                    key = {"frames": frames, "layout": layout, "layers": layers, "keep_reads": keep_reads}
+                for layers, keep_reads, keep_blocks in self._tries():
+                    key = {"frames": frames, "layout": layout, "layers": layers, "keep_reads": keep_reads, "keep_blocks": keep_blocks}
                     if self._case(key, began) != OUT_OF_MEMORY:
                         break
         self.report("all cases:")
@@ -148,14 +150,15 @@ class _Bench:
             self.report(f"{_name(entry)}: {_line(entry)}")
         return self.record.cases
 
-    def _tries(self) -> list[tuple[int, int]]:
-        """(layers, keep_reads), less memory each time."""
+    def _tries(self) -> list[tuple[int, int, int]]:
+        """(layers, keep_reads, keep_blocks), less memory each time."""
         s = self.settings
         layers = s.layers or self.spec.dit.layers
+        whole = min(layers, s.keep_blocks) if s.recompute == "blocks" else 0
         keep = min(layers, layers if s.keep_reads is None else s.keep_reads) if s.recompute == "blocks" and not s.window else 0
-        tries = [(layers, keep), *[(layers, k) for k in (keep // 2, 0) if k < keep]]
+        tries = [(layers, min(keep, layers - whole), whole), *[(layers, k, 0) for k in (keep, keep // 2, 0)]]
         if s.fallback_layers is not None and s.fallback_layers < layers:
-            tries.append((s.fallback_layers, min(keep, s.fallback_layers)))
+            tries.append((s.fallback_layers, min(keep, s.fallback_layers), 0))
         return list(dict.fromkeys(tries))
 
     def _case(self, key: dict, began: float) -> str:
@@ -209,7 +212,8 @@ class _Bench:
         dims = replace(self.spec.dit, layers=key["layers"])
         options = StepSettings(
             frames=key["frames"], layout=BALANCED if key["layout"] == NONE else key["layout"],
-            window=s.window, fsdp=s.fsdp, recompute=s.recompute, keep_reads=key["keep_reads"], compile=s.compile,
+            window=s.window, fsdp=s.fsdp, recompute=s.recompute, keep_reads=key["keep_reads"], keep_blocks=key["keep_blocks"],
+            compile=s.compile,
         )  # fmt: skip
         step = TrainingStep(self.spec, dims, options, mesh, self.device)
         prepared = time.perf_counter() - began
@@ -275,7 +279,7 @@ def _release(device: torch.device) -> None:
 
 
 def _name(key: dict) -> str:
-    return f"{key['frames']:>4} frames, {key['layout']:<10} {key['layers']:>2} layers, {key['keep_reads']:>2} reads kept"
+    return f"{key['frames']:>4} frames, {key['layout']:<10} {key['layers']:>2} layers, {key['keep_reads']:>2} reads and {key['keep_blocks']:>2} blocks kept"
 
 
 def _line(values: dict) -> str:

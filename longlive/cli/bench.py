@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
     ops = typer.Typer(help="Single operations.", no_args_is_help=True)
     group.command("train")(train)
+    group.command("generate")(generate)
     ops.command("attention")(attention)
     group.add_typer(ops, name="ops")
     app.add_typer(group, name="bench")
@@ -34,6 +35,7 @@ def train(
     fsdp: Annotated[str, typer.Option("--fsdp", help="full, hybrid_full, hybrid_zero2 or no_shard.")] = "full",
     recompute: Annotated[str, typer.Option("--recompute", help="Activations in the backward: none, or those of blocks.")] = "blocks",
     keep_reads: Annotated[int | None, typer.Option("--keep-reads", help="Recomputed blocks that do not attend again; default: all.")] = None,
+    keep_blocks: Annotated[int, typer.Option("--keep-blocks", help="The last so many blocks are not recomputed.")] = 0,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
     profile: Annotated[bool, typer.Option(help="One more step per case: where the kernels' time goes.")] = True,
     json: JsonOption = None,
@@ -50,11 +52,46 @@ def train(
     chosen = _words(layouts) or (LAYOUTS if launch_rank()[1] > 1 else (NONE,))
     settings = TrainSettings(
         model=model, frames=_numbers("--frames", frames), layouts=chosen, layers=layers, fallback_layers=fallback_layers, steps=steps, warmup=warmup,
-        case_seconds=case_seconds, seconds=seconds, window=window, fsdp=fsdp, recompute=recompute, keep_reads=keep_reads, compile=compile, profile=profile,
+        case_seconds=case_seconds, seconds=seconds, window=window, fsdp=fsdp, recompute=recompute, keep_reads=keep_reads, keep_blocks=keep_blocks,
+        compile=compile, profile=profile,
     )  # fmt: skip
     bench_train(settings, json, _say, resume=resume)
     if json is not None and launch_rank()[0] == 0:
         typer.echo(f"wrote {json}")
+
+
+def generate(
+    model: Annotated[str, typer.Option("--model", help="Whose sizes; weights are random.")] = "wan2.2-ti2v-5b",
+    config: Annotated[Path | None, typer.Option("--config", help="A configuration with checkpoints, instead of random weights.")] = None,
+    override: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the configuration; may be repeated.")] = [],
+    precision: Annotated[str, typer.Option("--precision", help="Number formats of the generator, with commas.")] = "bf16",
+    steps: Annotated[str, typer.Option("--steps", help="Sampling steps, with commas.")] = "4,2",
+    vae: Annotated[str, typer.Option("--vae", help="wan, lightvae_v1, lightvae_v2 or none (sampling alone); with commas.")] = "wan",
+    chunks: Annotated[int, typer.Option("--chunks", help="Steady chunks that are timed.")] = 16,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,
+    window: Annotated[int, typer.Option("--window", help="Latent frames that attention sees (random weights).")] = 32,
+    decode: Annotated[str, typer.Option("--decode", help="How frames are decoded: inline or side-stream.")] = "side-stream",
+    group: Annotated[int, typer.Option("--group", help="Latent frames per call of the decoder; 0: the whole chunk.")] = 0,
+    layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the generator (random weights); default: all.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Where the kernels' time goes, for a chunk of sampling and of decoding.")] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--compare", metavar="A B", help="Two settings chunk by chunk in turn, such as steps=4 steps=2 (names: precision, steps, vae, group)."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where the rows go; default: a new file in benchmarks/results.")] = None,
+) -> None:
+    """Frames per second of generation: sampling, decoding and both; time to the first frames, evenness of chunks, peak memory."""
+    from ..bench.generate import GenerateSettings, bench_generate, results_file
+
+    path = json or results_file("generate")
+    _check(path)
+    settings = GenerateSettings(
+        model=model, config=config, overrides=tuple(override), precisions=_words(precision), steps=_numbers("--steps", steps), vaes=_words(vae), chunks=chunks,
+        height=height, width=width, window=window, decode=decode, group=group, layers=layers, profile=profile,
+    )  # fmt: skip
+    bench_generate(settings, path, _say, compare=compare)
+    typer.echo(f"wrote {path}")
 
 
 def attention(
