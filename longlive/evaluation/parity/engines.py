@@ -19,6 +19,7 @@ ENGINES = {
     "dit_bidirectional": "dit",
     "dit_cached_rollout": "dit",
     "dit_teacher_forcing": "dit",
+    "dmd": "dmd",
     "error_buffer": "error_buffer",
     "halo": "halo",
     "keys": "keys",
@@ -32,7 +33,6 @@ ENGINES = {
 
 LATER = {
     "dit_cached_rollout_kvquant": "the quantised cache is not available yet",
-    "dmd": "distillation is not available yet",
 }
 
 

@@ -1,0 +1,211 @@
+"""Backward simulation: the student's own film, sampled as generation samples it, with gradients through one step of each chunk.
+
+A chunk is denoised without gradients up to its exit step; there the network is asked once more, with gradients, and the clean latents that its velocity
+points at are the chunk. They are committed at noise level 0, without gradients, for later chunks to read (spec training §6.2; D3, D5, D20).
+Windows, pins, shot offsets and prompts are each sample's own (D9). A rollout may go on from where another ended.
+
+Legend: B batch, F latent frames, c chunks, C latent channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from ..cache.pages import Pages
+from ..cache.policy import Window
+from ..cache.rolled import RolledOut
+from ..core.tokens import Tokens
+from ..diffusion.flow import train_table
+from ..diffusion.known import KnownFrames, nothing_known
+from ..diffusion.samplers import Schedule, combine, unipc
+from ..engine.rollout import RolloutSettings
+from ..models.patch import patchify, unpatchify
+from ..models.wan_dit import Attend, TextContext, WanDiT
+
+Commit = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """What a stretch of films shows. `cuts_Bc`: the chunk begins a shot; `prompt_Bc`: row of the text, int64 on the device."""
+
+    cuts_Bc: Sequence[Sequence[bool]]
+    prompt_Bc: torch.Tensor
+
+    @property
+    def chunks(self) -> int:
+        return self.prompt_Bc.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exits:
+    """At which step each chunk ends, and through which chunks gradients go. `levels`: sigma of the clean estimate at each step, None: the solver's."""
+
+    steps: tuple[int, ...]
+    first_with_gradients: int = 0
+    levels: tuple[float, ...] | None = None
+
+    def bounds(self, schedule: Schedule, shift: float) -> tuple[int, int] | None:
+        """(from, to): unshifted timesteps 0..1000 of the exit step and of the one after it (0 after the last); None where chunks differ."""
+        if len(set(self.steps)) > 1:
+            return None
+        table, step = train_table(shift), self.steps[0]
+        index = table.nearest(torch.tensor([float(t) for t in schedule.timesteps]))
+        unshifted = [len(table.timesteps) - int(i) for i in index] + [0]
+        return unshifted[step], unshifted[step + 1]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a rollout stands: chunks made, cuts so far and window of each sample, and the slot of every chunk that is still seen, by sample."""
+
+    chunk: int
+    shots: tuple[int, ...]
+    windows: tuple[Window, ...]
+    slots: tuple[dict[int, int], ...]
+
+
+class StudentRollout:
+    """The memory of one batch of rollouts, one segment of chunks after another. `phase()` surrounds every forward (precision)."""
+
+    def __init__(
+        self,
+        dit: WanDiT,
+        settings: RolloutSettings,
+        *,
+        phase: Callable[[], AbstractContextManager] = nullcontext,
+        wrap: Callable[[RolledOut], Attend] = lambda attend: attend,
+    ):
+        self.dit, self.settings, self.phase, self.wrap = dit, settings, phase, wrap
+        self.schedule = unipc(settings.steps, settings.shift)
+        self.pages: Pages | None = None
+        self.standing: Standing | None = None
+
+    def run(
+        self,
+        noise_BFCHW: torch.Tensor,
+        script: Script,
+        text: TextContext,
+        exits: Exits,
+        *,
+        known: KnownFrames | None = None,
+        before_commit: Commit | None = None,
+        more: bool = False,
+        stepper: tuple[WanDiT, TextContext] | None = None,
+    ) -> torch.Tensor:
+        """The films' clean latents [B, F, C, H, W], float32; with a graph in the chunks from `exits.first_with_gradients` on.
+
+        known          given first frames
+        before_commit  what is committed of a chunk, (chunk, latents) -> latents; None: the latents themselves
+        more           another `run` will go on from here: the last chunk is committed too
+        stepper        a copy of the network, and its text, for all that needs no gradients; None: the network itself
+        """
+        chunks, f = script.chunks, self.settings.chunk_frames
+        start = self._open(noise_BFCHW, chunks)
+        films = []
+        for number in range(chunks):
+            rows_B = script.prompt_Bc[:, number]
+            asked = Asked(self.dit, text.select(rows_B))
+            free = asked if stepper is None else Asked(stepper[0], stepper[1].select(rows_B))
+            run = _Chunk(self, start + number, [bool(row[number]) for row in script.cuts_Bc], noise_BFCHW, known, asked, free)
+            x = run.sample(wide(noise_BFCHW[:, number * f : (number + 1) * f]), exits, number)
+            films.append(x)
+            if more or number + 1 < chunks:
+                clean = x.detach()
+                run.commit(clean if before_commit is None else before_commit(number, clean))
+            self.standing = run.closed
+        return torch.cat(films, dim=1)
+
+    def _open(self, noise: torch.Tensor, chunks: int) -> int:
+        """Makes room for `chunks` more chunks beside the ones that are still seen, and returns the first free slot."""
+        batch, _, _, height, width = noise.shape
+        dims, tokens, old, before = self.dit.dims, self.settings.chunk_frames * (height // 2) * (width // 2), self.pages, self.standing
+        carried = 0 if before is None else max(len(slots) for slots in before.slots)
+        with self.phase():
+            cast = torch.is_autocast_enabled(noise.device.type)
+        dtype = torch.get_autocast_dtype(noise.device.type) if cast else self.dit.patch_embedding.weight.dtype
+        self.pages = Pages(dims.layers, batch, carried + chunks, tokens, dims.heads, dims.head_dim, device=noise.device, dtype=dtype)
+        if before is None:
+            self.standing = Standing(0, (0,) * batch, (Window(),) * batch, ({},) * batch)
+            return 0
+        ordered = [sorted(slots) for slots in before.slots]
+        chosen = torch.tensor([[s[c] for c in o] + [0] * (carried - len(o)) for s, o in zip(before.slots, ordered)], dtype=torch.int64)
+        rows = (torch.arange(batch)[:, None], chosen)
+        for new, last in zip((*self.pages.k, *self.pages.v), (*old.k, *old.v)):
+            new[:, :carried] = last[rows]
+        self.standing = replace(before, slots=tuple({chunk: i for i, chunk in enumerate(o)} for o in ordered))
+        return carried
+
+
+class Asked(NamedTuple):
+    """A network and the texts that it reads, one row per sample."""
+
+    dit: WanDiT
+    text: TextContext
+
+
+class _Chunk:
+    """One chunk of a segment: the passes over it. `asked` answers with gradients, `free` without."""
+
+    def __init__(self, rollout: StudentRollout, own: int, cut_B: list[bool], noise: torch.Tensor, known: KnownFrames | None, asked: Asked, free: Asked):
+        self.rollout, self.asked, self.free = rollout, asked, free
+        settings, before = rollout.settings, rollout.standing
+        policy, f = settings.policy, settings.chunk_frames
+        self.chunk = chunk = before.chunk
+        cuts = [cut and chunk > 0 for cut in cut_B]
+        shots = tuple(s + cut for s, cut in zip(before.shots, cuts))
+        opened = [policy.open(w, chunk) for w in before.windows]
+        closed = [policy.close(w, chunk, cut) for w, cut in zip(opened, cuts)]
+        slots = [{**s, chunk: own} for s in before.slots]
+        self.closed = Standing(chunk + 1, shots, tuple(closed), tuple({c: s[c] for c in w.slots} for s, w in zip(slots, closed)))
+        self.tokens = _tokens(settings, chunk, shots, noise.shape[-2:], noise.device)
+        self.known = nothing_known(noise) if known is None else known.part(chunk * f, f)
+        self.attends = [self._attend(windows, slots, own) for windows in (opened, closed)]
+
+    def _attend(self, windows: list[Window], slots: list[dict[int, int]], own: int) -> Attend:
+        r = self.rollout
+        visible = [[s[c] for c in w.order if c != self.chunk] for w, s in zip(windows, slots)]
+        options = {"relative": r.settings.relative, "t_scale": r.settings.t_scale}
+        return r.wrap(RolledOut(r.pages, own, visible, self.tokens, r.dit.dims.head_dim, **options))
+
+    def _ask(self, asked: Asked, x_BFCHW: torch.Tensor, sigma: float, attend: Attend, until: str = "velocity") -> torch.Tensor | None:
+        told = self.known.levels(torch.full(x_BFCHW.shape[:2], sigma, dtype=torch.float64, device=x_BFCHW.device))
+        with self.rollout.phase():
+            out = asked.dit(patchify(x_BFCHW), self.tokens, told, asked.text, attend, until)
+        return None if out is None else wide(unpatchify(out, x_BFCHW.shape[1], self.tokens.height, self.tokens.width))
+
+    def sample(self, noise: torch.Tensor, exits: Exits, number: int) -> torch.Tensor:
+        """The chunk's clean latents at its exit step."""
+        schedule, attend, velocities, x = self.rollout.schedule, self.attends[0], [], self.known.clamp(noise)
+        step = exits.steps[number]
+        with torch.no_grad():
+            for earlier in range(step):
+                velocities.append(self._ask(self.free, x, schedule.model_sigma(earlier), attend))
+                x = self.known.clamp(combine(noise, velocities, schedule.rows[earlier]))
+        wanted = torch.is_grad_enabled() and number >= exits.first_with_gradients
+        with torch.set_grad_enabled(wanted):
+            velocity = self._ask(self.asked if wanted else self.free, x, schedule.model_sigma(step), attend)
+            level = (exits.levels or schedule.sigmas)[step]
+            return self.known.clamp(x - level * velocity)
+
+    @torch.no_grad()
+    def commit(self, clean_BFCHW: torch.Tensor) -> None:
+        self._ask(self.free, clean_BFCHW, 0.0, self.attends[1], "kv")
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _tokens(settings: RolloutSettings, chunk: int, shots: tuple[int, ...], size: tuple[int, int], device: torch.device) -> Tokens:
+    f = settings.chunk_frames
+    frame = chunk * f + torch.arange(f, dtype=torch.float64)
+    position = (torch.tensor(shots, dtype=torch.float64)[:, None] * settings.shot_offset + frame).to(device, non_blocking=True)
+    prompt = torch.arange(len(shots))[:, None].to(device, non_blocking=True)
+    return Tokens(position, torch.full((f,), chunk), torch.ones(f, dtype=torch.bool), prompt, size[0] // 2, size[1] // 2)
