@@ -20,6 +20,7 @@ class Infra(Quantisation):
     keep_attention: Literal["auto"] | Annotated[int, Field(ge=0)] = option(
         "auto", "with gradient_checkpointing: blocks that keep what attention read instead of attending again; auto = as many as fit"
     )
+    keep_blocks: int = option(0, "with gradient_checkpointing: the last so many blocks keep all their activations", ge=0)
     vae_halo_latents: int = option(28, "sequence-parallel VAE encode: latents of left context (27 is exact)", ge=0)
     generator_fsdp_wrap_strategy: Wrap = option("size", "FSDP units of the generator")
     text_encoder_fsdp_wrap_strategy: Wrap = option("size", "FSDP units of the text encoder")

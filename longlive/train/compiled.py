@@ -6,7 +6,7 @@ per chunk and is left alone, except that the rotation before it, a chain of smal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch._dynamo
@@ -34,9 +34,9 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
             block.compile(backend=backend)
 
 
-def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Recomputes the activations of every block in the backward pass instead of keeping them."""
-    for block in blocks:
+def checkpoint_blocks(blocks: Sequence[nn.Module], keep: int = 0) -> None:
+    """Recomputes the activations of every block but the last `keep` in the backward pass instead of keeping them."""
+    for block in blocks[: max(0, len(blocks) - keep)]:
         block.forward = Recomputed(block.forward)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 
@@ -87,7 +88,7 @@ class DiffusionTask:
             strategy=config.infra.sharding_strategy,
             wrap=config.infra.generator_fsdp_wrap_strategy,
             bf16=self.mixed,
-            recompute=checkpoint_blocks if config.infra.gradient_checkpointing else None,
+            recompute=partial(checkpoint_blocks, keep=config.infra.keep_blocks) if config.infra.gradient_checkpointing else None,
             compile=compile_blocks if self.settings.compile else None,
         )
         apply(self.module, device, plan)

@@ -3,9 +3,9 @@
 Bytes a parameter: 4 weight + 4 gradient + 8 AdamW (Muon: 4 for the matrices of blocks, counted as 8) + 4 EMA, divided by the ranks that share them;
 under hybrid_zero2 the gathered weights besides.
 Bytes a token and block, counted on saved tensors of this network: 82 D + 4.25 ffn in bfloat16, 100 D + 8 ffn in float32; recomputed blocks keep 4 D
-each and one block's share at a time. A recomputed block that need not attend again (`infra.keep_attention`) keeps one activation and 4 bytes a head
-besides; "auto" lets as many blocks do so as a card holds next to 4/3 of everything else. The VAE's peak is a factor times its widest activation.
-Good to about a third, which is what a plan needs.
+each and one block's share at a time, but for the last `infra.keep_blocks`. A recomputed block that need not attend again (`infra.keep_attention`)
+keeps one activation and 4 bytes a head besides; "auto" lets as many blocks do so as a card holds next to 4/3 of everything else. The VAE's peak is a
+factor times its widest activation. Good to about a third, which is what a plan needs.
 
 Legend: D model features, ffn features between the two linear layers.
 """
@@ -76,12 +76,14 @@ def training_memory(
     tokens = t.batch_size * (1 + t.noisy_copies) * frames * geometry.frame_tokens / infra.sequence_parallel_size
     of_dim, of_ffn = KEPT_OF_A_BLOCK[mixed]
     block = tokens * (of_dim * dims.dim + of_ffn * dims.ffn)
-    activations = dims.layers * tokens * KEPT_RECOMPUTED * dims.dim + block if infra.gradient_checkpointing else dims.layers * block
+    whole = min(infra.keep_blocks, dims.layers) if infra.gradient_checkpointing else dims.layers
+    recomputed = dims.layers - whole
+    activations = recomputed * tokens * KEPT_RECOMPUTED * dims.dim + (whole + bool(recomputed)) * block
     frozen = (vae_parameters(vae) * item if vae is not None else 0) + (UMT5_PARAMETERS * item if umt5 else 0)
     wide = 4 * PIECE * (geometry.height // 2) * (geometry.width // 2)
     encode = VAE_ACTIVATIONS * wide * vae.encoder_base * item if vae is not None else 0
     memory = TrainingMemory(states, frozen, activations, encode, tokens * (item * dims.dim + 4 * dims.heads))
-    return memory if card is None or not infra.gradient_checkpointing else replace(memory, kept=_kept(infra.keep_attention, memory, dims.layers, card))
+    return memory if card is None or not infra.gradient_checkpointing else replace(memory, kept=_kept(infra.keep_attention, memory, recomputed, card))
 
 
 def _kept(asked: int | str, memory: TrainingMemory, layers: int, card: float) -> int:

@@ -35,10 +35,11 @@ def test_steps_are_bit_for_bit_the_same_and_attention_runs_once(tmp_path, monkey
 
     monkeypatch.setattr(strategies, "film_attention", counted)
     vae, found = write_vae(tmp_path), {}
-    for asked, again in ((0, 2 * DIT.layers), (1, 2 * DIT.layers - 1), ("auto", DIT.layers)):
+    for asked, whole, again in ((0, 0, 2 * DIT.layers), (1, 0, 2 * DIT.layers - 1), ("auto", 0, DIT.layers), (0, 1, 2 * DIT.layers - 1), (5, 1, DIT.layers)):
         computed.clear()
-        found[asked] = trained(tmp_path / str(asked), vae, f"infra.keep_attention={asked}", "training.max_iters=2")
-        assert sum(computed) == 4 * again, asked  # two steps after two batches to warm up
+        name = f"{asked}-{whole}"
+        found[name] = trained(tmp_path / name, vae, f"infra.keep_attention={asked}", f"infra.keep_blocks={whole}", "training.max_iters=2")
+        assert sum(computed) == 4 * again, name  # two steps after two batches to warm up
     (rows, weights), *others = found.values()
     for same_rows, same in others:
         assert same_rows == rows
@@ -54,6 +55,9 @@ def test_what_is_kept_is_counted_and_auto_leaves_room():
     assert one.peak - none.peak == one.read == 2 * 16 * 2 * (2 * DIT.dim + 4 * DIT.heads)
     assert none.kept == 0 and estimate().kept == estimate("infra.keep_attention=100").kept == DIT.layers
     assert estimate(card=MARGIN * none.peak + 1.5 * none.read).kept == 1 and estimate(card=MARGIN * none.peak).kept == 0
+    whole = estimate("infra.keep_attention=0", "infra.keep_blocks=1")
+    assert whole.peak > none.peak and estimate("infra.keep_attention=9", "infra.keep_blocks=1").kept == DIT.layers - 1
+    assert estimate("infra.keep_blocks=99").peak == estimate("infra.gradient_checkpointing=false").peak
     assert estimate(card=None).kept == estimate("infra.gradient_checkpointing=false").kept == 0
     assert any(line.startswith("kept attention of 1 blocks") for line in one.lines())
 
