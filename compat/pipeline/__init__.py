@@ -41,7 +41,11 @@ class Generator:
     def load(self, path: str, use_ema: bool = False) -> None:
         """Reads the generator from `path`, in place of the configured checkpoint."""
         words = [f"checkpoints.generator_ckpt={json.dumps(str(path))}", f"inference.use_ema={json.dumps(use_ema)}"]
-        self.config, self._model = self.config.with_overrides(words), None
+        self.reconfigure(self.config.with_overrides(words))
+
+    def reconfigure(self, config) -> None:
+        """Reads the generator that `config` describes, in place of the one before."""
+        self.config, self._model = config, None
         self._model = self.model
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Generator":

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from longlive.config import load_config
-from longlive.core.errors import NotAvailable
+from longlive.core.errors import ConfigError
 from longlive.engine.rollout import chunk_noise
 from longlive.engine.sinks import Mp4Sink
 
@@ -50,5 +50,13 @@ def save_video(video: torch.Tensor, path: str, fps: int = 24) -> None:
 
 
 def setup_nvfp4_pipeline(pipe, config, device) -> None:
-    """NVFP4 weights come with quantisation."""
-    raise NotAvailable("NVFP4 inference (setup_nvfp4_pipeline)", "use the BF16 quick start with merged bf16 weights")
+    """Reads the generator of `config` with quantised linear layers (packed or merged bf16 weights, by `model_quant*`), and places every part on `device`.
+
+    Raises ConfigError when `model_quant` is false: the quick start would run in bf16 and say otherwise.
+    """
+    config = load_config(config)
+    if not config.infra.model_quant:
+        raise ConfigError("setup_nvfp4_pipeline with model_quant: false; set it to true, or use the BF16 quick start")
+    pipe.to(device=torch.device(device))
+    pipe.generator.reconfigure(config)
+    place_vae_for_streaming(pipe, config)

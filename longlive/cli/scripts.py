@@ -1,4 +1,4 @@
-"""The documented scripts. Those whose engines come with later versions read and check their flags, then say what is missing.
+"""The documented scripts.
 
 Each is a typer application of one command, run by a file in scripts/ of the same name.
 """
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..config import load_config
-from ..core.errors import InputError, NotAvailable
+from ..core.errors import InputError
 from .app import run
 
 
@@ -25,8 +25,7 @@ ConfigPath = Annotated[Path, typer.Option("--config_path", help="YAML configurat
 OutputPath = Annotated[Path, typer.Option("--output_path", help="Checkpoint to write.")]
 Generator = Annotated[str | None, typer.Option("--generator_ckpt", help="Instead of checkpoints.generator_ckpt.")]
 Lora = Annotated[str | None, typer.Option("--lora_ckpt", help="Instead of checkpoints.lora_ckpt.")]
-Device = Annotated[str, typer.Option("--device", help="Device to work on.")]
-MergeDevice = Annotated[str | None, typer.Option("--device", help="Device to add on, cpu or cuda:N; default cuda:0 where there is a GPU, else cpu.")]
+MergeDevice = Annotated[str | None, typer.Option("--device", help="Device to work on, cpu or cuda:N; default cuda:0 where there is a GPU, else cpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")]
 
 merge_lora = script("merge_lora_generator")
@@ -34,13 +33,10 @@ save_nvfp4 = script("save_merged_nvfp4_generator")
 halo_windows = script("compute_sp_vae_chunk_halo")
 
 
-def _checkpoint_pair(config_path: Path, generator_ckpt: str | None, lora_ckpt: str | None, need_lora: bool) -> None:
-    """Checks that the configuration and flags name what a merge needs."""
-    config = load_config(config_path)
-    if not (generator_ckpt or config.checkpoints.generator_ckpt):
-        raise InputError(f"{config_path}: checkpoints.generator_ckpt is not set; set it, or give --generator_ckpt")
-    if need_lora and not (lora_ckpt or config.checkpoints.lora_ckpt):
-        raise InputError(f"{config_path}: checkpoints.lora_ckpt is not set; set it, or give --lora_ckpt")
+def _dtype(word: str):
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[word]
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -61,16 +57,11 @@ def merge(
 
     Each merged weight is W + weight x alpha / rank x B A, added in float32 and rounded once. The file says so: no LoRA is ever applied to it again.
     """
-    import torch
-
     from ..engine.export_merged import merge_checkpoint
-    from ..engine.pipeline import named_device, present
 
     _choice("--dtype", dtype, ("bf16", "fp32"))
-    overrides = [f"checkpoints.{key}={json.dumps(path)}" for key, path in (("generator_ckpt", generator_ckpt), ("lora_ckpt", lora_ckpt)) if path]
-    config = load_config(config_path, _with_adapter(config_path, overrides))
-    place = present(named_device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"), "--device"), "--device")
-    about = merge_checkpoint(config, output_path, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device=place)
+    config = load_config(config_path, _with_adapter(config_path, _checkpoints(generator_ckpt, lora_ckpt)))
+    about = merge_checkpoint(config, output_path, dtype=_dtype(dtype), device=_place(device))
     typer.echo(f"wrote {output_path} ({about['generator_ckpt']} with {about['lora_ckpt']} merged in, {about['dtype']})")
     typer.echo("use it as checkpoints.generator_ckpt, and remove lora_ckpt and the adapter section")
 
@@ -90,14 +81,41 @@ def save(
     generator_ckpt: Generator = None,
     lora_ckpt: Lora = None,
     no_merge_lora: Annotated[bool, typer.Option("--no_merge_lora", help="Leave the LoRA out.")] = False,
-    device: Device = "cuda:0",
+    device: MergeDevice = None,
     dtype: Dtype = "bf16",
 ) -> None:
-    """Save a merged generator for NVFP4 inference."""
-    _choice("--backend", backend, ("fouroversix", "transformer_engine"))
+    """Save a merged generator for NVFP4 inference: packed weights, or merged bf16 ones that are quantised when they are loaded.
+
+    --output_path ends with .pt (the published container) or .safetensors (ours, which describes itself).
+    """
+    from ..engine.export_quantised import EXPORTS, export_quantised
+
+    _choice("--backend", backend, EXPORTS)
     _choice("--dtype", dtype, ("bf16", "fp32"))
-    _checkpoint_pair(config_path, generator_ckpt, lora_ckpt, need_lora=False)
-    raise NotAvailable("exporting NVFP4 checkpoints", "it comes with quantisation; until then run the bf16 weights")
+    overrides = _checkpoints(generator_ckpt, lora_ckpt)
+    config = load_config(config_path, _with_adapter(config_path, overrides) if lora_ckpt else overrides)
+    how = {"backend": backend, "dtype": _dtype(dtype), "device": _place(device), "merge_lora": not no_merge_lora}
+    about = export_quantised(config, output_path, **how)
+    typer.echo(f"wrote {output_path} ({about['generator_ckpt']}{_and_lora(about)}, {about['checkpoint_format']})")
+    engine = str(backend == "transformer_engine").lower()
+    typer.echo(f"use it as checkpoints.generator_ckpt with model_quant: true, model_quant_use_transformer_engine: {engine} and merge_lora: false")
+
+
+def _checkpoints(generator_ckpt: str | None, lora_ckpt: str | None) -> list[str]:
+    return [f"checkpoints.{key}={json.dumps(path)}" for key, path in (("generator_ckpt", generator_ckpt), ("lora_ckpt", lora_ckpt)) if path]
+
+
+def _and_lora(about: dict) -> str:
+    return f" with {about['lora_ckpt']} merged in" if about["lora_ckpt"] else ""
+
+
+def _place(device: str | None):
+    """The device that a script works on; by default the first GPU, else the CPU."""
+    import torch
+
+    from ..engine.pipeline import named_device, present
+
+    return present(named_device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"), "--device"), "--device")
 
 
 @halo_windows.command()

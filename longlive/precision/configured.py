@@ -31,19 +31,24 @@ def configured_converter(
             key = "model_quant" if "nvfp4" in kinds else "fp8_quant"
             raise CheckpointError(f"the checkpoint holds {' and '.join(sorted(kinds))} weights; set {key}: true, or give the bf16 checkpoint")
         return None
-    selection = Selection(
-        filtered=q.model_quant_filtered_modules or (),
-        default=q.model_quant_use_default_filtered_modules,
-        skip_first=q.model_quant_skip_first_blocks,
-        skip_last=q.model_quant_skip_last_blocks,
-    )
     backend, key = _backend(config, given, capability)
     warn_once(f"{backend.words} ({backend.name}) on {capability.name}; {key} chooses another way")
     rules = {
         "weight_rule": q.model_quant_weight_scale_rule or q.model_quant_scale_rule,
         "activation_rule": q.model_quant_activation_scale_rule,
     }
-    return LinearConverter(backend=backend, selection=selection, given=given, device=device, prepare=_prepare(config, backend, device), **rules)
+    return LinearConverter(backend=backend, selection=selection(config), given=given, device=device, prepare=_prepare(config, backend, device), **rules)
+
+
+def selection(config) -> Selection:
+    """Which layers the `model_quant*` lists choose."""
+    q = config.infra
+    return Selection(
+        filtered=q.model_quant_filtered_modules or (),
+        default=q.model_quant_use_default_filtered_modules,
+        skip_first=q.model_quant_skip_first_blocks,
+        skip_last=q.model_quant_skip_last_blocks,
+    )
 
 
 def _backend(config, given: Mapping[str, PackedTensor], capability: Capability) -> tuple[Backend, str]:

@@ -9,7 +9,10 @@ import documented_places
 import pytest
 import torch
 
-from longlive.core.errors import CheckpointError, InputError, NotAvailable
+from longlive.cli.app import run as run_app
+from longlive.cli.scripts import save_nvfp4
+from longlive.core.errors import CheckpointError, ConfigError, InputError
+from longlive.precision.linear import QuantisedLinear
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,11 +53,19 @@ from pipeline import CausalDiffusionInferencePipeline
 from utils.config import normalize_config
 from utils.inference_utils import prepare_single_prompt_inputs, save_video, setup_nvfp4_pipeline
 
-config = normalize_config(OmegaConf.load("configs/inference.yaml"))
+prompt = "A compact silver robot walks through a clean robotics lab."
+
+config = normalize_config(OmegaConf.load("configs/nvfp4/inference_nvfp4.yaml"))
 device = torch.device("cuda")
 torch.set_grad_enabled(False)
+
 pipe = CausalDiffusionInferencePipeline(config, device=device)
 setup_nvfp4_pipeline(pipe, config, device)
+pipe.generator.model.eval().requires_grad_(False)
+
+noise, prompts = prepare_single_prompt_inputs(config, prompt, device)
+video = pipe.inference(noise=noise, text_prompts=prompts)
+save_video(video[0], "videos/quickstart/sample_nvfp4.mp4", fps=24)
 '''
 
 
@@ -107,9 +118,35 @@ assert not any(name.split(".")[0] == "compat" for name in __import__("sys").modu
         assert sum(1 for _ in film.decode(stream)) == 61
 
 
-def test_nvfp4_snippet_says_that_it_comes_later(places, compat):
-    with pytest.raises(NotAvailable, match="NVFP4 inference .setup_nvfp4_pipeline. is not available yet"):
-        compat(NVFP4, places)
+@pytest.mark.parametrize("backend, file", [("fouroversix", "model_4o6.pt"), ("fouroversix", "model_4o6.safetensors"), ("transformer_engine", "model_te.pt")])
+def test_nvfp4_quick_start_runs_as_documented_on_an_export(places, compat, capsys, monkeypatch, backend, file):
+    """The export by the documented script, then the documented snippet with the file named in the configuration."""
+    monkeypatch.chdir(places)
+    documented = (ROOT / "configs" / "nvfp4" / "inference_nvfp4.yaml").read_text()
+    text = documented.replace("[1, 384, 48, 44, 80]", "[1, 16, 48, 4, 4]").replace("/path/to/longlive2/model_4o6.pt", f"LongLive-2.0-5B/{file}")
+    assert text != documented
+    if backend == "transformer_engine":  # which this machine lacks: the documented way round
+        key = "model_quant_use_transformer_engine"
+        text = text.replace(f"{key}: false", f"{key}: true\nmodel_quant_te_fallback_to_fouroversix: true")
+    folder = places / "configs" / "nvfp4"
+    folder.mkdir(exist_ok=True)
+    (folder / "inference_nvfp4.yaml").write_text(text)
+    flags = ["--config_path", "configs/nvfp4/inference_nvfp4.yaml", "--generator_ckpt", "LongLive-2.0-5B/model_bf16.pt", "--backend", backend]
+    assert run_app(save_nvfp4, [*flags, "--output_path", f"LongLive-2.0-5B/{file}", "--device", "cpu"]) == 0, capsys.readouterr().err
+    names = compat(NVFP4, places)
+    video, pipe = names["video"], names["pipe"]
+    assert video.shape == (1, 61, 3, 64, 64) and 0 <= video.min() and video.max() <= 1 and video.std() > 0
+    layers = [m for m in pipe.generator.model.modules() if isinstance(m, QuantisedLinear)]
+    assert len(layers) == 20 and (places / "videos/quickstart/sample_nvfp4.mp4").stat().st_size > 0
+    before = [layer.stored for layer in layers]
+    pipe.to(dtype=torch.bfloat16)
+    assert all(mine.codes.equal(theirs.codes) and mine.amax.equal(theirs.amax) for mine, theirs in zip(before, (layer.stored for layer in layers)))
+
+
+def test_nvfp4_without_model_quant_is_refused(places, compat):
+    snippet = NVFP4.replace("configs/nvfp4/inference_nvfp4.yaml", "configs/inference.yaml")
+    with pytest.raises(ConfigError, match="model_quant: false; set it to true, or use the BF16 quick start"):
+        compat(snippet, places)
 
 
 def test_a_missing_checkpoint_names_the_file(places, compat):
