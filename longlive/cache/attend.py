@@ -17,10 +17,12 @@ import torch
 from ..core.errors import InputError
 from ..core.tokens import Tokens
 from ..ops.attention import attention
+from ..ops.heads import Heads, norm_rope_write
 from ..ops.merged_attention import Read, film_attention, part_kernel
 from ..ops.rope import apply_rope, rope_tables
 from .pages import Pages
 from .policy import Window, WindowPolicy, visible_chunks
+from .quantised import QuantisedPages
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 PLAIN = "plain"
@@ -247,11 +249,21 @@ class Cached:
     With gradients off the slots are written in place, so that every step and the commit overwrite the chunk's own slot, and reading
     is a view. With gradients on nothing is written: the other slots are copied once, constant and safe from later steps, and the own
     keys and values stay in the graph; recomputation reads the same copies.
-    Absolute mode stores rotated keys. `relative` stores them unrotated and rotates the window at positions 0, 1, ... oldest first.
+    Absolute mode stores rotated keys, unless the store keeps them unrotated. `relative` stores them unrotated and rotates the window at positions
+    0, 1, ... oldest first. `commit`: the chunk is finished, and what is written now is what later chunks read.
     """
 
     def __init__(
-        self, pages: Pages, windows: list[Window], chunk: int, tokens: Tokens, head_dim: int, *, relative: bool = False, t_scale: float = 1.0
+        self,
+        pages: Pages | QuantisedPages,
+        windows: list[Window],
+        chunk: int,
+        tokens: Tokens,
+        head_dim: int,
+        *,
+        relative: bool = False,
+        t_scale: float = 1.0,
+        commit: bool = False,
     ):
         device = tokens.position_BF.device
         own = [w.slot(chunk) for w in windows]
@@ -264,6 +276,7 @@ class Cached:
         if min(counts) < self.filled:
             self.there_BP = torch.tensor([[s < n for s in range(self.filled)] for n in counts]).to(device, non_blocking=True)
         self.slot_rope: Tables | None = None
+        pages.begin(windows, chunk, tokens, self.slot_B, commit)
         if relative:
             place = [[w.order.index(c) for c in w.slots] + [0] * (self.filled - len(w.slots)) for w in windows]
             frames = torch.arange(tokens.frames)
@@ -273,6 +286,8 @@ class Cached:
             self.rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=own_position.to(device, torch.float64, non_blocking=True))
         else:
             self.rope = rope_tables(tokens, head_dim, t_scale=t_scale)
+            if pages.unrotated:
+                self.slot_rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=pages.positions(self.filled))
         self._frozen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
@@ -281,12 +296,22 @@ class Cached:
         if torch.is_grad_enabled():
             return None if q is None else self._read_with_gradients(q, k, v, layer)
         self.pages.write(layer, self.slot_B, k, v)
-        if q is None:
-            return None
-        keys, values = self.pages.read(layer, self.filled)
-        if self.slot_rope is not None:
-            keys = apply_rope(keys, *self.slot_rope)
-        return attention(apply_rope(q, *self.rope), keys, values, self._bias(self.there_BP, q.shape[1]))
+        return None if q is None else self._read(apply_rope(q, *self.rope), layer)
+
+    def takes(self, heads: Heads) -> bool:
+        """Bare projections are taken where slots are dense and written in place: norm, rotation and the way into the slot are one pass."""
+        return type(self.pages) is Pages and not torch.is_grad_enabled()
+
+    def attend(self, heads: Heads, layer: int) -> torch.Tensor | None:
+        """As a call with the normalised heads."""
+        pages = self.pages.k[layer], self.pages.v[layer]
+        q = norm_rope_write(heads, self.rope, self.slot_B, *pages, rotate_k=self.slot_rope is None)
+        return None if q is None else self._read(q, layer)
+
+    def _read(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        """What rotated queries read from the filled slots."""
+        keys, values = self.pages.read(layer, self.filled, self.slot_rope)
+        return attention(q, keys, values, self._bias(self.there_BP, q.shape[1]))
 
     def _read_with_gradients(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         if layer not in self._frozen:

@@ -17,7 +17,6 @@ def availability(config: Config, purpose: str) -> None:
 
 def _generate(c: Config):
     yield c.sp_size * c.dp_size > 1, f"sequence parallelism (sp_size {c.sp_size} x dp_size {c.dp_size})", "set both to 1"
-    yield c.inference.kv_quant, "the quantised KV cache (inference.kv_quant: true)", "set it to false"
     yield c.torch_compile is True, "torch_compile: true", "set it to false or auto"
 
 

@@ -49,9 +49,11 @@ class Inference(Section):
     vae_type: Literal["wan", "wan2.2", "", "mg_lightvae", "mg_lightvae_v2"] = option("wan", "decoder")
     num_samples: int = option(1, "films per prompt, generated as one batch", ge=1)
     use_ema: bool = option(False, "take the EMA weights of the checkpoint")
-    kv_quant: bool = option(False, "keep cached keys and values in NVFP4")
+    kv_quant: bool = option(False, "keep cached keys and values quantised")
+    kv_quant_format: Literal["nvfp4", "fp8", "int8"] = option("nvfp4", "number format of the quantised cache")
+    kv_quant_keep_sinks: bool = option(False, "quantised cache: the first chunk of the film and of the shot stay in full precision")
     kv_quant_scale_rule: Literal["static_6", "static_4", "mse", "mae", "abs_max"] = option("mse", "scale rule of the quantised cache")
-    kv_quant_backend: str = option("cuda", "backend of the quantised cache")
+    kv_quant_backend: Literal["cuda", "triton", "pytorch"] = option("cuda", "documented, without effect: a GPU takes fused kernels, a CPU torch's")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of the networks; auto = bfloat16 on a GPU")
 

@@ -121,6 +121,9 @@ def rollout_settings(config) -> RolloutSettings:
         steps=i.sampling_steps,
         shift=m.timestep_shift,
         guidance=i.guidance_scale,
+        kv_format=i.kv_quant_format if i.kv_quant else None,
+        kv_rule=i.kv_quant_scale_rule,
+        kv_keep_sinks=i.kv_quant_keep_sinks,
     )
 
 

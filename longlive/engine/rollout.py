@@ -18,6 +18,7 @@ import torch
 from ..cache.attend import Cached
 from ..cache.pages import Pages
 from ..cache.policy import Window, WindowPolicy
+from ..cache.quantised import QuantisedPages
 from ..core.errors import InputError
 from ..core.log import logger
 from ..core.tokens import Tokens
@@ -41,6 +42,8 @@ class RolloutSettings:
     relative       positions count from the oldest visible chunk, instead of from the start of the film
     t_scale        factor on temporal positions
     guidance       classifier-free guidance scale, 1 = off; `batched_guidance`: both branches in one forward
+    kv_format      how finished chunks keep their keys and values: fp8, int8 or nvfp4 (scale rule `kv_rule`); None: as they are
+    kv_keep_sinks  anchor and pin are kept as they are, too
     """
 
     chunk_frames: int = 8
@@ -55,6 +58,9 @@ class RolloutSettings:
     shift: float = 5.0
     guidance: float = 1.0
     batched_guidance: bool = True
+    kv_format: str | None = None
+    kv_rule: str = "mse"
+    kv_keep_sinks: bool = False
 
     def __post_init__(self):
         f = self.chunk_frames
@@ -76,6 +82,13 @@ class RolloutSettings:
     def policy(self) -> WindowPolicy:
         sink = self.sink_frames > 0
         return WindowPolicy(pages=self.pages, anchor=sink, pin=sink and self.multi_shot, recache=self.recache)
+
+    def store(self, *sizes: int, device: torch.device, dtype: torch.dtype) -> Pages | QuantisedPages:
+        """Memory for keys and values of (layers, batch, pages, tokens of a page, heads, head features)."""
+        if self.kv_format is None:
+            return Pages(*sizes, device=device, dtype=dtype)
+        keep = {"keep_anchor": self.kv_keep_sinks and self.policy.anchor, "keep_pin": self.kv_keep_sinks and self.policy.pin}
+        return QuantisedPages(*sizes, device=device, dtype=dtype, format=self.kv_format, rule=self.kv_rule, **keep)
 
 
 @dataclass(frozen=True)
@@ -121,10 +134,8 @@ class Rollout:
         guided = settings.guidance != 1.0
         passes, repeats = (2, 1) if guided and not settings.batched_guidance else (1, 2 if guided else 1)
         dims, page_tokens = dit.dims, settings.chunk_frames * token_height * token_width
-        self.stores = tuple(
-            Pages(dims.layers, repeats * batch, settings.pages, page_tokens, dims.heads, dims.head_dim, device=self.device, dtype=dtype)
-            for _ in range(passes)
-        )
+        sizes = (dims.layers, repeats * batch, settings.pages, page_tokens, dims.heads, dims.head_dim)
+        self.stores = tuple(settings.store(*sizes, device=self.device, dtype=dtype) for _ in range(passes))
         if settings.window_frames == -1:
             logger.info("local_attn_size -1: attention sees a window of %d chunks", UNSET_WINDOW_CHUNKS)
 
@@ -204,9 +215,9 @@ class _ChunkRun:
             for rows in branch.passes
         ]
 
-    def _attends(self, windows: list[Window], chunk: int) -> list[Cached]:
+    def _attends(self, windows: list[Window], chunk: int, commit: bool = False) -> list[Cached]:
         r, windows = self.rollout, windows * self.branch.repeats
-        options = {"relative": r.settings.relative, "t_scale": r.settings.t_scale}
+        options = {"relative": r.settings.relative, "t_scale": r.settings.t_scale, "commit": commit}
         return [Cached(store, windows, chunk, tokens, r.dit.dims.head_dim, **options) for store, tokens in zip(r.stores, self.tokens)]
 
     def _ask(self, x: torch.Tensor, sigma: float, attends: list[Cached], until: str) -> list[torch.Tensor]:
@@ -227,7 +238,7 @@ class _ChunkRun:
         return denoise
 
     def commit(self, x_BFCHW: torch.Tensor, windows: list[Window], chunk: int) -> None:
-        self._ask(x_BFCHW, 0.0, self._attends(windows, chunk), "kv")
+        self._ask(x_BFCHW, 0.0, self._attends(windows, chunk, commit=True), "kv")
 
 
 def chunk_noise(seed: int, prompt_index: int, sample: int, chunk: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -58,31 +58,39 @@ def token_mean(x_BLHd: torch.Tensor) -> torch.Tensor:
     return x_BLHd.mean(1, dtype=torch.float64).to(torch.float32)
 
 
-def quantise_page(x_BLHd: torch.Tensor, format: str, rule: str = "mse") -> QuantisedPage:
-    """A page in `format`; `rule` is the scale rule of nvfp4 and means nothing to the others. Raises InputError for infinity or NaN."""
+def quantise_page(x_BLHd: torch.Tensor, format: str, rule: str = "mse", *, on_nonfinite: str = "raise") -> QuantisedPage:
+    """A page in `format`; `rule` is the scale rule of nvfp4 and means nothing to the others.
+
+    Infinity or NaN: InputError, or with on_nonfinite "nan" NaN in (at least) the features of the head that had one, and no wait for a GPU.
+    """
     if format not in FORMATS:
         raise ConfigError(f"unknown format of cached keys and values {format!r}; use one of {', '.join(FORMATS)}")
     mean = token_mean(x_BLHd)
     rest = x_BLHd.to(torch.float32) - mean.unsqueeze(1)
     if format == "nvfp4":
-        return _nvfp4(rest, mean, nvfp4.rule_named(rule))
-    return _fp8(rest, mean) if format == "fp8" else _int8(rest, mean)
+        return _nvfp4(rest, mean, nvfp4.rule_named(rule), on_nonfinite)
+    return (_fp8 if format == "fp8" else _int8)(rest, mean, on_nonfinite)
 
 
-def _scale(amax: torch.Tensor, largest: float) -> torch.Tensor:
-    finite_or_refuse(amax, "raise")
+def page_scale(amax: torch.Tensor, largest: float) -> torch.Tensor:
+    """What a code is multiplied by: amax / largest; 1 where all is zero."""
     return torch.where(amax == 0, 1.0, divided(amax, largest).clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _fp8(rest: torch.Tensor, mean: torch.Tensor) -> QuantisedPage:
-    scale = _scale(rest.abs().amax((1, 3)), LARGEST)
+def _scale(amax: torch.Tensor, largest: float, on_nonfinite: str) -> torch.Tensor:
+    finite_or_refuse(amax, on_nonfinite)
+    return page_scale(amax, largest)
+
+
+def _fp8(rest: torch.Tensor, mean: torch.Tensor, on_nonfinite: str) -> QuantisedPage:
+    scale = _scale(rest.abs().amax((1, 3)), LARGEST, on_nonfinite)
     return QuantisedPage("fp8", to_e4m3(rest / scale[:, None, :, None]).view(torch.uint8), scale, None, mean)
 
 
-def _int8(rest: torch.Tensor, mean: torch.Tensor) -> QuantisedPage:
+def _int8(rest: torch.Tensor, mean: torch.Tensor, on_nonfinite: str) -> QuantisedPage:
     tokens = rest.shape[1]
     blocks = F.pad(rest, (0, 0, 0, 0, 0, -tokens % INT8_TOKENS)).unflatten(1, (-1, INT8_TOKENS))
-    scale = _scale(blocks.abs().amax((2, 4)), INT8_LARGEST)
+    scale = _scale(blocks.abs().amax((2, 4)), INT8_LARGEST, on_nonfinite)
     codes = (rest / _by_token(scale, tokens)).round().clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8)
     return QuantisedPage("int8", codes, scale, None, mean)
 
@@ -91,8 +99,8 @@ def _by_token(scale_BbH: torch.Tensor, tokens: int) -> torch.Tensor:
     return scale_BbH.repeat_interleave(INT8_TOKENS, 1)[:, :tokens].unsqueeze(-1)
 
 
-def _nvfp4(rest: torch.Tensor, mean: torch.Tensor, rule: str) -> QuantisedPage:
-    packed = nvfp4.quantise(rest.transpose(1, 2), rule)
+def _nvfp4(rest: torch.Tensor, mean: torch.Tensor, rule: str, on_nonfinite: str) -> QuantisedPage:
+    packed = nvfp4.quantise(rest.transpose(1, 2), rule, on_nonfinite=on_nonfinite)
     codes, scales = (part.transpose(1, 2).contiguous() for part in (packed.codes, packed.scales))
     return QuantisedPage("nvfp4", codes, scales, packed.amax, mean, rule)
 

@@ -240,7 +240,6 @@ def test_what_is_not_available_says_so():
         ({"fp8_quant": True}, "train"),
         ({"adapter": {}}, "train"),
         ({**CHUNK8, "sp_size": 2}, "generate"),
-        ({"kv_quant": True}, "generate"),
         ({"torch_compile": True}, "generate"),
         ({"trainer": "score_distillation"}, "train"),
         ({"trainer": "vae", "training": {"error_recycling": {"enabled": True}}}, "train"),
