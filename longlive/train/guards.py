@@ -1,4 +1,8 @@
-"""What ends a run with a sentence instead of a traceback: steps without a usable gradient, and memory that does not suffice."""
+"""What ends a run with a sentence instead of a traceback: steps without a usable gradient, and memory that does not suffice.
+
+Whether a gradient is finite is decided on the device: the optimizer leaves out a step that is refused (`optim.guarded_step`). The host reads the
+decision one step late, so that the device never waits for it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,24 @@ import torch
 from ..core.log import logger
 
 SKIPS_IN_A_ROW = 10
+
+
+class Late:
+    """A scalar on the device that the host reads later: on a GPU it is on its way to the host while the next work is being queued."""
+
+    def __init__(self, value: torch.Tensor):
+        self.value, self.arrived = value, None
+        if value.is_cuda:
+            self.value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self.value.copy_(value, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> float:
+        """Waits for the work that was queued before this was made, and for no later work."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.value.item()
 
 
 class SkippedSteps:
@@ -42,7 +64,7 @@ def no_memory(error: Exception, config: Mapping) -> str | None:
     frames = config.get("data", {}).get("image_or_video_shape", [0, 0])[1]
     advice = [f"training.batch_size({training.get('batch_size')})", f"data.image_or_video_shape[1]({frames} latent frames)"]
     raised = [] if infra.get("gradient_checkpointing") else ["infra.gradient_checkpointing: true"]
-    raised += ["infra.keep_attention: 0"] if infra.get("keep_attention", 0) != 0 else []
+    raised += [f"infra.{key}: 0" for key in ("keep_blocks", "keep_attention") if infra.get(key, 0) != 0]
     raised += [f"a larger infra.sequence_parallel_size({infra.get('sequence_parallel_size')})"]
     raised += ["infra.sharding_strategy: full"] if infra.get("sharding_strategy") != "full" else []
     return f"out of memory ({text.splitlines()[0][:160]}); lower {' or '.join(advice)}, or use {' or '.join(raised)}"

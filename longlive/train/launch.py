@@ -52,6 +52,7 @@ def loop_settings(config: Config, save: bool) -> LoopSettings:
         max_seconds=t.max_seconds,
         checkpoint_every=t.log_iters,
         evaluate_every=max(0, config.evaluation.interval),
+        gc_interval=t.gc_interval,
         keep=t.max_checkpoints,
         seed=config.logging.seed,
         save=save,

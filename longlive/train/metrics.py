@@ -47,11 +47,15 @@ class Metrics:
             self.tracker(row)
 
     def flush(self) -> dict[str, float]:
-        """Writes what is pending and returns the means of its losses. Raises LongLiveError when one is not finite and its step was not skipped."""
+        """Writes what is pending and returns the means of its losses. Raises LongLiveError when one is not finite and its step was not skipped.
+
+        Skipped (a column of its own) is a step whose `grad_norm` is not finite.
+        """
         if not self.pending:
             return self.last
         values = torch.stack([tensors for _, _, tensors, _ in self.pending]).tolist()
         rows = [{"step": step, **dict(zip(names, value)), **numbers} for (step, names, _, numbers), value in zip(self.pending, values)]
+        rows = [row if math.isfinite(row.get("grad_norm", 0.0)) else row | {"skipped": 1} for row in rows]
         self.pending = []
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

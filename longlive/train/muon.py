@@ -39,7 +39,12 @@ def orthogonalised(update_MRC: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum over matrices (parameters of two dimensions). State: `momentum_buffer`, float32, one per matrix."""
+    """Muon with Nesterov momentum over matrices (parameters of two dimensions). State: `momentum_buffer`, float32, one per matrix.
+
+    `found_inf`: 1 on the device leaves weights and state as they are, whatever the gradients (`optim.guarded_step`).
+    """
+
+    found_inf: torch.Tensor | None = None
 
     def __init__(self, params, *, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -56,16 +61,20 @@ class Muon(torch.optim.Optimizer):
                 self._update(parameters, group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict) -> None:
-        gradients, momentum = [p.grad for p in parameters], group["momentum"]
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        update_MRC = orthogonalised(torch.stack(torch._foreach_lerp(gradients, buffers, momentum)))
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        gradient_MRC, buffer_MRC = torch.stack([p.grad for p in parameters]), torch.stack(buffers)
+        refused = (torch.zeros_like(buffer_MRC[0, 0, 0]) if self.found_inf is None else self.found_inf).bool()
+        gradient_MRC = torch.where(refused, buffer_MRC, gradient_MRC)  # towards itself a buffer does not move
+        buffer_MRC.lerp_(gradient_MRC, 1 - group["momentum"])
+        torch._foreach_copy_(buffers, list(buffer_MRC.unbind()))
+        update_MRC = orthogonalised(gradient_MRC.lerp(buffer_MRC, group["momentum"])).to(parameters[0].dtype).masked_fill(refused, 0)
+        decay = torch.full_like(update_MRC[0, 0, 0], 1 - group["lr"] * group["weight_decay"]).masked_fill(refused, 1)
+        torch._foreach_mul_(parameters, decay)
         scale = 0.2 * max(update_MRC.shape[1:]) ** 0.5
-        torch._foreach_add_(parameters, list(update_MRC.to(parameters[0].dtype).unbind()), alpha=-group["lr"] * scale)
+        torch._foreach_add_(parameters, list(update_MRC.unbind()), alpha=-group["lr"] * scale)
 
 
 class Both:

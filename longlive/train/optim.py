@@ -12,13 +12,26 @@ from ..parallel.fsdp import like, local
 
 
 def adamw(parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trainable ones; only matrices and kernels decay (norms, biases and modulation tables do not)."""
+    """AdamW over the trainable ones; only matrices and kernels decay (norms, biases and modulation tables do not).
+
+    Fused on every device: only torch's fused form leaves out a refused step (`guarded_step`).
+    """
     parameters = [p for p in parameters if p.requires_grad]
     decayed = [p for p in parameters if p.ndim >= 2 and p.shape[0] > 1]
     kept = {id(p) for p in decayed}
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0}]
-    fused = parameters[0].device.type == "cuda"
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=fused)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=True)
+
+
+def guarded_step(parts: Iterable[torch.optim.Optimizer], refused: torch.Tensor) -> None:
+    """One step of every optimizer, unless `refused`, a float32 scalar on the parameters' device, is 1: then weights and states stay as they are.
+
+    By torch's own convention for overflows, the attribute `found_inf`, which fused AdamW and `muon.Muon` read on the device.
+    """
+    for part in parts:
+        part.found_inf = refused
+        part.step()
+        del part.found_inf
 
 
 def learning_rate(step: int, progress: float, *, lr: float, warmup_steps: int, schedule: str) -> float:

@@ -23,12 +23,13 @@ from ..core.log import logger
 from ..parallel.data_parallel import Replicas
 from ..parallel.fsdp import gradient_norm, is_sharded, reduce_gradients
 from .checkpoint import RunState
-from .guards import SKIPS_IN_A_ROW, SkippedSteps, no_memory
+from .garbage import Garbage
+from .guards import SKIPS_IN_A_ROW, Late, SkippedSteps, no_memory
 from .metrics import Metrics
 from .muon import muon
-from .optim import EMA, adamw, learning_rate
+from .optim import EMA, adamw, guarded_step, learning_rate
 from .run_files import RunFiles
-from .state import untouched
+from .state import parts, untouched
 
 WEIGHTS_EVERY = 60.0
 REPORT_EVERY = 5.0
@@ -56,6 +57,7 @@ class LoopSettings:
     seed: int
     save: bool = True
     evaluate_every: int = 0
+    gc_interval: int = 100
 
     def progress(self, state: RunState) -> float:
         """0 at the start, 1 at the end, by whichever limit is nearer."""
@@ -158,6 +160,7 @@ class Loop:
         self.writes, self.sharded = replicas.rank == 0, is_sharded(task.module)
         self.small = sum(p.numel() * p.element_size() for p in self.parameters) < SMALL_ENOUGH
         self.skipped = SkippedSteps()
+        self.refused: Late | None = None  # the last step's, not yet read
         logdir.mkdir(parents=True, exist_ok=True)
         self.files = RunFiles(task, self.optimizer, self.ema, logdir, config=config, replicas=replicas, keep=settings.keep)
         resumed = self.files.resume() if auto_resume else None
@@ -171,7 +174,8 @@ class Loop:
         try:
             with StopRequest() as stop:
                 self._warm_up()
-                self._train(stop)
+                with Garbage(self.settings.gc_interval) as garbage:
+                    self._train(stop, garbage)
                 self._report()
                 self._export()
                 self._save()
@@ -185,13 +189,14 @@ class Loop:
         self.replicas.maximum(0.0)
         return results
 
-    def _train(self, stop: StopRequest) -> None:
+    def _train(self, stop: StopRequest, garbage: Garbage) -> None:
         """Steps to the limit. What happens at which step is decided by numbers that are equal on all ranks."""
         settings = self.settings
         start = time.perf_counter() - self.state.elapsed
         saved, reported = self.state.elapsed, time.perf_counter()
         while settings.progress(self.state) < 1:
             self._step()
+            garbage.after(self.state.step)
             elapsed, asked = self.replicas.maximum(time.perf_counter() - start, float(stop.made))
             self.state = RunState(self.state.step, elapsed)
             now = time.perf_counter()
@@ -204,7 +209,8 @@ class Loop:
             if asked:
                 self._stop()
             if settings.evaluate_every and self.state.step % settings.evaluate_every == 0:
-                start += self.evaluate()
+                with garbage.as_usual():
+                    start += self.evaluate()
             if self.small and elapsed - saved > WEIGHTS_EVERY:
                 saved = elapsed
                 self._export()
@@ -213,6 +219,7 @@ class Loop:
         """Warms up and takes one step; returns its measurements. Nothing is exported or saved."""
         self._warm_up()
         self._step()
+        self._settle()
         return self.metrics.flush()
 
     def _warm_up(self) -> None:
@@ -245,17 +252,25 @@ class Loop:
         if not self.sharded:
             self.replicas.average_gradients(self.task.module)
         norm = gradient_norm(self.parameters)
-        sound = bool(norm.isfinite())
-        if sound:
-            nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
-            self.optimizer.step()
+        self._settle()
+        refused = norm.isfinite().logical_not().float()
+        nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
+        guarded_step(parts(self.optimizer), refused)
         self.optimizer.zero_grad(set_to_none=True)
-        self.state = RunState(self.state.step + 1, self.state.elapsed)
+        self.state, self.refused = RunState(self.state.step + 1, self.state.elapsed), Late(refused)
+        numbers = {"lr": rate, "seconds": self.state.elapsed, "ms": 1000 * (time.perf_counter() - began)}
+        self.metrics.add(self.state.step, {"loss": total, "grad_norm": norm, **columns}, numbers)
+
+    def _settle(self) -> None:
+        """What the last step left to the host: counting it when it was skipped, the average when it was not.
+
+        Weights must still be those of that step: called before the next one changes them, and before anything reads the average.
+        """
+        if self.refused is None:
+            return
+        sound, self.refused = not self.refused.read(), None
         if sound:
             self.ema.update(self.task.module, self.state.step)
-        numbers = {"lr": rate, "seconds": self.state.elapsed, "ms": 1000 * (time.perf_counter() - began)}
-        numbers |= {} if sound else {"skipped": 1}
-        self.metrics.add(self.state.step, {"loss": total, "grad_norm": norm, **columns}, numbers)
         if self.skipped.count(sound, self.state.step) == SKIPS_IN_A_ROW:
             self.metrics.flush()
             self.files.wait()
@@ -265,6 +280,7 @@ class Loop:
         """Measures, leaving the next step as it would have been. Returns the seconds it took, which are not on the training clock."""
         if not isinstance(self.task, Evaluates):
             return 0.0
+        self._settle()
         began = time.perf_counter()
         with untouched(self.task.module, self.task.device):
             columns = self.task.evaluate(self.state.step, self.ema.tensors())
@@ -285,10 +301,12 @@ class Loop:
         )  # fmt: skip
 
     def _export(self) -> None:
+        self._settle()
         if self.writes or self.sharded:
             self.task.export(self.logdir, self.state.step, self.ema.tensors())
 
     def _save(self) -> None:
+        self._settle()
         self.metrics.flush()
         if self.settings.save:
             self.files.save(self.state)
