@@ -122,7 +122,8 @@ def _open_sharded(folder: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
         run = run_record(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); take another checkpoint") from None
-    return {entry: _Group(folder, entry, found) for entry, found in groups.items() if found}, {"trainer": run["trainer"], "step": run["step"]}, False
+    about = {"trainer": run["trainer"], "step": run["step"], **run.get("origin", {})}
+    return {entry: _Group(folder, entry, found) for entry, found in groups.items() if found}, about, False
 
 
 def run_record(folder: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ REMEDY = {
 }
 VAE_ENTRIES = ("state_dict", "gen_model", "generator")
 MERGED_FORMAT = "longlive_generator_merged_lora"
+MERGED_KEYS = ("merged_lora", "merged_adapters", "lora_ckpt")
 QUANTIZATION = "quantization"  # the record of a container with packed weights (`fouroversix`)
 HASH_WHOLE_BELOW = 2**30
 SAMPLE = 2**20
@@ -192,10 +193,15 @@ def _some(content: Mapping) -> str:
     return _few([str(key) for key in content], 4) or "nothing"
 
 
+def merge_record(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generator's metadata says of LoRAs that are merged into it, for weights made from it; empty where none is (spec inference §10.2)."""
+    merged = metadata.get("merged_lora") not in (None, False, "", "false", "False") or metadata.get("checkpoint_format") == MERGED_FORMAT
+    return {"checkpoint_format": MERGED_FORMAT} | {key: metadata[key] for key in MERGED_KEYS if key in metadata} if merged else {}
+
+
 def refuse_lora_on_merged(metadata: Mapping[str, Any], lora_ckpt: str | Path | None) -> None:
     """Raises ConfigError when the generator's metadata says that a LoRA is merged into it and the configuration asks for one (spec §10.2)."""
-    merged = metadata.get("merged_lora") not in (None, False, "", "false", "False") or metadata.get("checkpoint_format") == MERGED_FORMAT
-    if merged and lora_ckpt:
+    if merge_record(metadata) and lora_ckpt:
         raise ConfigError(f"the generator already has a LoRA merged into it and lora_ckpt is {lora_ckpt}; remove lora_ckpt and the adapter section")
 
 

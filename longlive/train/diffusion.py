@@ -73,7 +73,7 @@ class DiffusionTask:
         self.table = TrainTable(table.sigmas.to(device), table.timesteps.to(device), weights.to(device))
         self.mixed = config.infra.mixed_precision and device.type == "cuda"
         self.clips: ClipSource = open_clips(config, spec, device, mesh)
-        module = starting_generator(config, spec, device)
+        module, self.origin = starting_generator(config, spec, device)
         check_heads(module.dims.heads, mesh.sp_size)
         self.module: nn.Module = module
         self.clips.load(module.dims)
@@ -228,7 +228,7 @@ class DiffusionTask:
         return self.evaluator.run(self.module, ema, step)
 
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
-        metadata = {"trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed)}
+        metadata = {**self.origin, "trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed)}
         save_generator(folder, dict(self.module.named_parameters()), ema, metadata)
 
     def finish(self, folder: Path) -> dict[str, float]:

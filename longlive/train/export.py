@@ -15,7 +15,7 @@ from ..core.errors import CheckpointError, InputError
 from ..core.log import launch_rank
 from ..models.wan_vae import WanVAE
 from ..models.files import locate, open_file
-from ..models.weights import native_state, read_state, save_state
+from ..models.weights import merge_record, native_state, read_state, save_state
 from ..parallel.fsdp import whole
 from .checkpoint import folders
 
@@ -82,7 +82,7 @@ def export_checkpoint(source: Path, out: Path, *, use_ema: bool, container: str,
     if use_ema and not has_average(place):
         raise CheckpointError(f"{place} holds no average of weights (training.ema_weight was 0, or it is a weight file); leave --ema out")
     about = {key: str(state.metadata[key]) for key in ("step", "trainer") if key in state.metadata}
-    about |= {"weights": "ema" if use_ema else "raw", "dtype": str(dtype).removeprefix("torch.")}
+    about |= merge_record(state.metadata) | {"weights": "ema" if use_ema else "raw", "dtype": str(dtype).removeprefix("torch.")}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.tensors.items()}
     if container == "safetensors":
         save_state(out, tensors, about)

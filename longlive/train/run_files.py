@@ -37,6 +37,13 @@ class Merges(Protocol):
     def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class Descends(Protocol):
+    """A task whose weights come from others. `origin`: what those said of themselves that holds for all that come of them (JSON)."""
+
+    origin: dict[str, Any]
+
+
 class RunFiles:
     """Saves and resumes one run of one task. Every rank makes one and calls it alike."""
 
@@ -58,6 +65,7 @@ class RunFiles:
             plain[key], found = checkpoint.split(value, key)
             tensors |= found
         about = {"trainer": self.task.name, "topology": self.topology, "config": self.config, "config_hash": checkpoint.config_hash(self.config)}
+        about |= {"origin": self.task.origin} if isinstance(self.task, Descends) else {}
         self.writer.save(state, checkpoint.module_tensors(self.task.module, self.ema.tensors(), self.optimizer), (plain, tensors), about)
 
     def poll(self) -> None:

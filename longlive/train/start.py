@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from ..models.sizes import dit_dims, shapes_of
 from ..models.spec import ModelSpec, model_spec
 from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE
-from ..models.weights import StateFile, build_on_meta, load_into, native_state, read_state
+from ..models.weights import StateFile, build_on_meta, load_into, merge_record, native_state, read_state
 from .compiled import channels_last, compiled_pointwise
 from .export import STATISTICS
 
@@ -27,21 +28,22 @@ def load_vae(vae: WanVAE, path: str) -> None:
     load_into(vae, StateFile(tensors, state.metadata, state.path), kind="vae")
 
 
-def starting_generator(config: Config, spec: ModelSpec, device: torch.device) -> WanDiT:
-    """The network to train, float32 on `device`: `checkpoints.generator_ckpt`, else the base model, else (the small model) fresh weights.
+def starting_generator(config: Config, spec: ModelSpec, device: torch.device) -> tuple[WanDiT, dict[str, Any]]:
+    """(the network to train, what is merged into it). `checkpoints.generator_ckpt`, else the base model, else (the small model) fresh weights.
 
-    Sizes come from the file, as in generation. Raises CheckpointError that names the file that is missing or does not fit.
+    The network is float32 on `device`; sizes come from the file, as in generation. What is merged (`weights.merge_record`) holds for all weights
+    that come of it, so that they too refuse a LoRA. Raises CheckpointError that names the file that is missing or does not fit.
     """
     path = config.checkpoints.generator_ckpt
     if path is None and not spec.folder:
         torch.manual_seed(config.logging.seed)
-        return WanDiT(spec.dit).to(device)
+        return WanDiT(spec.dit).to(device), {}
     place = generator_path(config, spec)
     state = native_state(read_state(place, use_ema=config.inference.use_ema, kind="generator"), "generator")
     dims = dit_dims(shapes_of(state.tensors), spec.dit, model_config(place, spec)) if spec.folder else spec.dit
     dit = build_on_meta(lambda: WanDiT(dims)).to_empty(device=device)  # memory of its own: a mapped file cannot be trained
     load_into(dit, state, kind="generator")
-    return dit
+    return dit, merge_record(state.metadata)
 
 
 def training_vae(config: Config, spec: ModelSpec) -> Path:

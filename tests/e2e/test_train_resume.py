@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from longlive.config import load_config
-from longlive.core.errors import CheckpointError, Interrupted, LongLiveError
+from longlive.core.errors import CheckpointError, ConfigError, Interrupted, LongLiveError
 from longlive.models import spec
 from longlive.models.light_vae import read_codec
 from longlive.models.spec import DiTDims, VAEDims
-from longlive.models.weights import read_state
+from longlive.models.weights import MERGED_FORMAT, read_state, refuse_lora_on_merged, save_state
 from longlive.train import RunOptions, checkpoint, run, trainer
 from longlive.train.diffusion import DiffusionTask
+from longlive.train.export import export_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -166,6 +167,25 @@ def test_a_checkpoint_is_exported_and_starts_a_new_run(ar_config, tmp_path, caps
         assert list(losses(logdir)) == [1] and json.loads((checkpoint.folders(logdir)[-1] / "run.json").read_text())["step"] == 1
         after = read_state(checkpoint.folders(logdir)[-1]).tensors
         assert all(torch.allclose(after[name], weights[name], atol=1e-6) for name in weights)
+
+
+def test_weights_that_come_of_merged_ones_say_so_and_take_no_lora(ar_config, tmp_path):
+    """Through a run, its checkpoints and an export of either: a LoRA that is in the weights is never merged again."""
+    run(ar_config.with_overrides(["training.max_iters=1"]), tmp_path / "plain")
+    plain = tmp_path / "plain" / "raw-00001-of-00001.safetensors"
+    merged = {"checkpoint_format": MERGED_FORMAT, "merged_lora": True, "merged_adapters": "[]", "lora_ckpt": "style.pt", "generator_ckpt": "base.pt"}
+    start = save_state(tmp_path / "merged.safetensors", read_state(plain).tensors, merged)
+    run(ar_config.with_overrides([f"checkpoints.generator_ckpt={start}", "training.max_iters=1"]), tmp_path / "tuned")
+    run(ar_config.with_overrides([f"checkpoints.generator_ckpt={start}", "training.max_iters=2"]), tmp_path / "tuned")  # goes on
+    (tuned,) = checkpoint.folders(tmp_path / "tuned")[-1:]
+    for source, out in ((start, "a.pt"), (tuned, "b.safetensors"), (tmp_path / "b.safetensors", "c.pt")):
+        export_checkpoint(source, tmp_path / out, use_ema=False, container=out.split(".")[1], dtype=torch.float32)
+    for place in ("a.pt", "b.safetensors", "c.pt", tuned, next((tmp_path / "tuned").glob("dit-*"))):
+        about = read_state(tmp_path / place).metadata
+        assert about["merged_adapters"] == "[]" and about["lora_ckpt"] == "style.pt" and "generator_ckpt" not in about
+        with pytest.raises(ConfigError, match="already has a LoRA merged"):
+            refuse_lora_on_merged(about, "other.pt")
+    refuse_lora_on_merged(read_state(plain).metadata | read_state(checkpoint.folders(tmp_path / "plain")[-1]).metadata, "other.pt")
 
 
 def test_steps_without_a_finite_gradient_are_skipped_and_too_many_end_the_run(ar_config, tmp_path, monkeypatch):
