@@ -20,6 +20,7 @@ from ..core.geometry import CHUNK_FRAMES, Geometry
 from ..engine.pipeline import Pipeline
 from ..engine.rollout import RolloutSettings
 from ..models.codec import VideoCodec, wan22_statistics
+from ..models.joint import join_projections
 from ..models.spec import ModelSpec, VAEDims, model_spec, vae_type
 from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE
@@ -91,6 +92,7 @@ class RandomNetworks:
         dit = filled(lambda: WanDiT(self.dims), self.device, chosen.dtype)
         if chosen.convert is not None:
             chosen.convert(dit, self.spec)
+        join_projections(dit)
         return Pipeline(
             spec=replace(self.spec, dit=self.dims),
             dit=dit,

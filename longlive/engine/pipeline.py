@@ -1,7 +1,7 @@
 """Everything that a film needs and that does not change while it is made: networks, text encoder, size, rollout settings.
 
 A `Pipeline` is a plain record of parts, so that tests and training build one from modules they already have. `Pipeline.load` is the
-canonical order of the project, in one function: check -> build on meta -> load -> (merge LoRA) -> convert precision -> attach live LoRA -> place.
+canonical order of the project, in one function: check -> build on meta -> load -> (merge LoRA) -> convert precision -> attach live LoRA -> join q, k, v.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from ..core.errors import InputError
 from ..core.geometry import Geometry
 from ..core.story import SCENE_CUT_PREFIX
+from ..models.joint import join_projections
 from ..models.lora import LoraStack
 from ..models.spec import ModelSpec, model_spec
 from .decode import DecodeStage, decode_stage
@@ -61,6 +62,8 @@ class Pipeline:
         parts = cls.unloaded(config, device, net_dtype, kind)
         adapters = configured_adapters(config)
         dit, dit_path = load_dit(config, parts.spec, device, net_dtype, adapters)
+        if device.type == "cuda":
+            join_projections(dit)
         spec = replace(parts.spec, dit=dit.dims)
         codec, vae_path = load_codec(config, spec, place, dtype)
         encoder, text_path = load_text_encoder(spec, device, net_dtype)

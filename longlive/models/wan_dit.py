@@ -21,8 +21,10 @@ from ..core.errors import InputError
 from ..core.geometry import PATCH
 from ..core.tokens import Tokens
 from ..ops.attention import attention
-from ..ops.modulate import gated_add, modulate
-from ..ops.norm import layer_norm, rms_norm
+from ..ops.heads import Heads, attend_heads
+from ..ops.linear import joint_linear, linear_gelu
+from ..ops.norm import rms_norm
+from ..ops.residual import add_gated, add_norm, add_norm_modulate, norm_modulate
 from .spec import DiTDims
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -80,8 +82,10 @@ class Projections(nn.Module):
 
 class SelfAttention(Projections):
     def forward(self, h_BND: torch.Tensor, attend: Attend, layer: int, keys_only: bool) -> torch.Tensor | None:
-        k, v = self.keys_values(h_BND)
-        read = attend(None if keys_only else self.queries(h_BND), k, v, layer)
+        layers = (self.k, self.v) if keys_only else (self.q, self.k, self.v)
+        q_BND, k_BND, v_BND = [None] * (3 - len(layers)) + joint_linear(h_BND, *layers)
+        heads = Heads(q_BND, k_BND, v_BND, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps, self.head_dim)
+        read = attend_heads(attend, heads, layer)
         return None if keys_only else self.o(read.flatten(2))
 
 
@@ -96,15 +100,26 @@ class CrossAttention(Projections):
 
 
 class Norm3(nn.Module):
-    """Layer norm with weight and bias, before cross-attention."""
+    """Layer norm with weight and bias, before cross-attention, of the sum that goes on."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, self.eps, self.weight, self.bias)
+    def forward(self, x_BND: torch.Tensor, y_BND: torch.Tensor, gate_BGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + gate * y, its norm)"""
+        return add_norm(x_BND, y_BND, gate_BGD, self.weight, self.bias, self.eps)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dims: DiTDims):
+        super().__init__(nn.Linear(dims.dim, dims.ffn), nn.GELU("tanh"), nn.Linear(dims.ffn, dims.dim))
+
+    def forward(self, h_BND: torch.Tensor) -> torch.Tensor:
+        return self[2](linear_gelu(h_BND, self[0]))
 
 
 class Block(nn.Module):
@@ -116,7 +131,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dims)
         self.norm3 = Norm3(dims.dim, dims.eps)
         self.cross_attn = CrossAttention(dims)
-        self.ffn = nn.Sequential(nn.Linear(dims.dim, dims.ffn), nn.GELU("tanh"), nn.Linear(dims.ffn, dims.dim))
+        self.ffn = FeedForward(dims)
         self.eps = dims.eps
 
     def forward(
@@ -133,15 +148,15 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, KeysValues | None]:
         """The next x, and the text's keys and values (`kv`, or made here from `text_RMD`). `keys_only`: x is left as it is."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff = (self.modulation.unsqueeze(1) + level_BG6D).unbind(2)
-        read = self.self_attn(modulate(layer_norm(x_BND, self.eps), shift, scale), attend, layer, keys_only)
+        read = self.self_attn(norm_modulate(x_BND, shift, scale, self.eps), attend, layer, keys_only)
         if keys_only:
             return x_BND, kv
-        x_BND = gated_add(x_BND, read, gate)
         if kv is None:
             kv = self.cross_attn.keys_values(text_RMD)
-        x_BND = x_BND + self.cross_attn(self.norm3(x_BND), prompt_BG, kv, bias_RM)
-        h = modulate(layer_norm(x_BND, self.eps), shift_ff, scale_ff)
-        return gated_add(x_BND, self.ffn(h), gate_ff), kv
+        x_BND, h_BND = self.norm3(x_BND, read, gate)
+        read = self.cross_attn(h_BND, prompt_BG, kv, bias_RM)
+        x_BND, h_BND = add_norm_modulate(x_BND, read, shift_ff, scale_ff, self.eps)
+        return add_gated(x_BND, self.ffn(h_BND), gate_ff), kv
 
 
 class Head(nn.Module):
@@ -155,7 +170,7 @@ class Head(nn.Module):
 
     def forward(self, x_BND: torch.Tensor, level_BGD: torch.Tensor) -> torch.Tensor:
         shift, scale = (self.modulation.unsqueeze(1) + level_BGD.unsqueeze(2)).unbind(2)
-        return self.head(modulate(layer_norm(x_BND, self.eps), shift, scale))
+        return self.head(norm_modulate(x_BND, shift, scale, self.eps))
 
 
 class TextContext:
