@@ -13,6 +13,7 @@ import torch
 
 from ..core.tokens import Tokens
 from ..ops.attention import attention
+from ..ops.heads import Heads, norm_rope_write, writes_fused
 from ..ops.rope import apply_rope, rope_tables
 from .pages import Pages
 
@@ -30,10 +31,12 @@ class RolledOut:
         """`own`: the chunk's slot in every sample. `visible_BP`: the slots of the earlier chunks that each sample sees, oldest first."""
         device, batch = tokens.position_BF.device, len(visible_BP)
         counts = [len(row) for row in visible_BP]
-        self.pages, self.own, self.visible_BP, self.most = pages, own, visible_BP, max(counts)
+        self.pages, self.own, self.visible_BP, self.most, self.relative = pages, own, visible_BP, max(counts), relative
         self.prefix = all(row == list(range(own)) for row in visible_BP)
-        padded = torch.tensor([row + [own] * (self.most - len(row)) for row in visible_BP], dtype=torch.int64).reshape(batch, self.most)
-        self.rows_BP = None if self.prefix else (padded + pages.k[0].shape[1] * torch.arange(batch)[:, None]).flatten().to(device, non_blocking=True)
+        padded_BP = torch.tensor([row + [own] * (self.most + 1 - len(row)) for row in visible_BP], dtype=torch.int64)
+        rows_BP = padded_BP + pages.k[0].shape[1] * torch.arange(batch)[:, None]
+        self.rows, self.past_rows = (rows.flatten().to(device, non_blocking=True) for rows in (rows_BP, rows_BP[:, :-1]))
+        self.slot_B = torch.full((batch,), own).to(device, non_blocking=True)
         self.there: torch.Tensor | None = None
         if min(counts) < self.most:
             there_BP = torch.tensor([[True] * n + [False] * (self.most - n) + [True] for n in counts])
@@ -41,31 +44,48 @@ class RolledOut:
         self.rope, self.past_rope = rope_tables(tokens, head_dim, t_scale=t_scale), None
         if relative:
             frames = torch.arange(tokens.frames, dtype=torch.float64)
-            place = (torch.arange(self.most)[:, None] * tokens.frames + frames).flatten()[None].to(device, non_blocking=True)
-            self.past_rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=place) if self.most else None
             own_place = torch.tensor(counts)[:, None] * tokens.frames + frames
             self.rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=own_place.to(device, non_blocking=True))
-        self.relative = relative
+            if self.most:
+                place = (torch.arange(self.most)[:, None] * tokens.frames + frames).flatten()[None]
+                self.past_rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=place.to(device, non_blocking=True))
+
+    def takes(self, heads: Heads) -> bool:
+        """Whether a kernel normalises, rotates and writes at once (`ops.heads.TakesHeads`)."""
+        return not torch.is_grad_enabled() and not self.relative and writes_fused(heads, self.pages.k[0])
+
+    def attend(self, heads: Heads, layer: int) -> torch.Tensor | None:
+        """From bare projections; only where `takes` says so."""
+        q = norm_rope_write(heads, self.rope, self.slot_B, self.pages.k[layer], self.pages.v[layer], rotate_k=True)
+        return None if q is None else attention(q, *self._written(layer), self.there)
 
     def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
-        turned = apply_rope(k, *self.rope)
-        if not torch.is_grad_enabled():
+        turned, alone = apply_rope(k, *self.rope), not torch.is_grad_enabled()
+        if alone:
             self.pages.k[layer][:, self.own].copy_(k if self.relative else turned)
             self.pages.v[layer][:, self.own].copy_(v)
         if q is None:
             return None
+        q = apply_rope(q, *self.rope)
+        if alone and not self.relative and self.pages.k[layer].dtype == q.dtype:
+            return attention(q, *self._written(layer), self.there)
         if self.most:
             past_k, past_v = self.past(layer)
             turned, v = torch.cat((past_k.to(turned.dtype), turned), dim=1), torch.cat((past_v.to(v.dtype), v), dim=1)
-        return attention(apply_rope(q, *self.rope), turned, v, self.there)
+        return attention(q, turned, v, self.there)
 
     @torch.no_grad()
     def past(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated keys, and values, of the visible earlier chunks [B, P L, H, d], oldest first: constants."""
-        keys, values = (self._visible(store[layer]) for store in (self.pages.k, self.pages.v))
+        keys, values = (self._slots(store[layer], self.own, self.past_rows) for store in (self.pages.k, self.pages.v))
         return keys if self.past_rope is None else apply_rope(keys, *self.past_rope), values
 
-    def _visible(self, store_BSLHd: torch.Tensor) -> torch.Tensor:
+    def _written(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with the chunk's own, which is in its slot."""
+        return tuple(self._slots(store[layer], self.own + 1, self.rows) for store in (self.pages.k, self.pages.v))
+
+    def _slots(self, store_BSLHd: torch.Tensor, count: int, rows: torch.Tensor) -> torch.Tensor:
+        """A view of the first `count` slots where each sample sees them all, else a copy of the slots `rows`."""
         if self.prefix:
-            return store_BSLHd[:, : self.own].flatten(1, 2)
-        return store_BSLHd.flatten(0, 1).index_select(0, self.rows_BP).unflatten(0, (len(store_BSLHd), -1)).flatten(1, 2)
+            return store_BSLHd[:, :count].flatten(1, 2)
+        return store_BSLHd.flatten(0, 1).index_select(0, rows).unflatten(0, (len(store_BSLHd), -1)).flatten(1, 2)

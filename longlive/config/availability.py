@@ -23,9 +23,18 @@ def _generate(c: Config):
 def _train(c: Config):
     yield c.infra.model_quant, "NVFP4 (model_quant: true)", "set model_quant: false to run in bf16"
     yield c.fp8_quant, "FP8 (fp8_quant: true)", "set fp8_quant: false to run in bf16"
-    yield c.algorithm.trainer == "score_distillation", "distillation (algorithm.trainer: score_distillation)", "train with trainer: diffusion"
-    yield c.adapter is not None, "training a LoRA (the adapter section)", "remove the adapter section and lora_ckpt to train all weights"
     ranks, kind = c.infra.sequence_parallel_size, c.algorithm.trainer
+    alone = c.adapter is not None and kind != "score_distillation"
+    yield alone, f"training a LoRA (the adapter section) with trainer {kind}", "remove the adapter section and lora_ckpt to train all weights"
     yield ranks > 1 and kind != "diffusion", f"sequence parallelism (infra.sequence_parallel_size: {ranks}) of trainer {kind}", "set it to 1"
+    for name in ("generator", "real_score", "fake_score"):
+        used = c.infra.model_dump()[f"{name}_quant"]
+        yield used, f"training in NVFP4 (infra.{name}_quant: true)", f"set infra.{name}_quant: false to train in bf16"
+    yield c.torch_compile is True, "torch_compile: true in training", "set it to false or auto; training.compile: true compiles the blocks"
+    if kind == "diffusion":
+        yield not c.algorithm.teacher_forcing, "training without teacher forcing (algorithm.teacher_forcing: false)", "set it to true"
+        yield not c.algorithm.causal, "training a bidirectional generator (algorithm.causal: false)", "set it to true"
+    steps = c.algorithm.num_train_timestep
+    yield steps != 1000, f"a noise schedule of {steps} entries (algorithm.num_train_timestep)", "set it to 1000"
     recycling = c.training.error_recycling.enabled and kind != "diffusion"
     yield recycling, f"error recycling (training.error_recycling) of trainer {kind}", "set training.error_recycling.enabled: false"

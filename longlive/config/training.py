@@ -21,6 +21,7 @@ class Infra(Quantisation):
         "auto", "with gradient_checkpointing: blocks that keep what attention read instead of attending again; auto = as many as fit"
     )
     keep_blocks: int = option(0, "with gradient_checkpointing: the last so many blocks keep all their activations", ge=0)
+    rollout_copy: bool = option(False, "distillation: a merged copy of the student takes the steps without gradients; faster, for the memory of one network")
     vae_halo_latents: int = option(28, "sequence-parallel VAE encode: latents of left context (27 is exact)", ge=0)
     generator_fsdp_wrap_strategy: Wrap = option("size", "FSDP units of the generator")
     text_encoder_fsdp_wrap_strategy: Wrap = option("size", "FSDP units of the text encoder")
@@ -44,6 +45,10 @@ class Algorithm(Section):
     backward_simulation: bool = option(True, "distil on the student's own rollouts")
     all_causal: bool = option(True, "teacher and critic are chunk-causal too")
     generator_is_causal: bool = option(True, "the student is chunk-causal")
+    real_score_mask: Literal["causal", "teacher_forced", "bidirectional"] | None = option(
+        None, "how the teacher sees a film; null: teacher_forced with teacher_forcing, else causal with all_causal, else bidirectional"
+    )
+    fake_score_mask: Literal["causal", "teacher_forced", "bidirectional"] | None = option(None, "how the critic sees a film; null: likewise")
     ts_schedule: bool = option(False, "draw the score timestep above the rollout's exit step")
     ts_schedule_max: bool = option(False, "and below the step before")
     min_score_timestep: int = option(0, "least score timestep", ge=0, le=1000)
@@ -100,6 +105,7 @@ class Training(Section):
     min_num_training_frames: int = option(21, "shortest rollout in latent frames", ge=1)
     num_training_frames: int = option(21, "longest rollout in latent frames", ge=1)
     slice_last_frames: int = option(21, "latent frames at the end that get gradients", ge=1)
+    critic_reuses_rollout: bool = option(False, "distillation: where the student learns, its critic learns on the same rollout")
     error_recycling: ErrorRecycling = option(ErrorRecycling(), "train on the model's own errors")
     noisy_copies: int = option(1, "noisy copies that share one clean copy", ge=1)
     text_dropout: float = option(0.0, "share of samples with the empty prompt", ge=0, le=1)

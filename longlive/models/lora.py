@@ -91,14 +91,17 @@ class Branch(nn.Module):
         super().__init__()
         self.adapter, self.alpha, self.dropout = adapter, alpha, dropout
         self.a, self.b = nn.Parameter(a_RI), nn.Parameter(b_OR)
-        self.weight, self.on = weight, True
+        self.weight, self.on, self.silent = weight, True, False
         self.register_buffer("factor", torch.zeros((), dtype=torch.float32, device=a_RI.device), persistent=False)
         self.write()
 
     @property
     def live(self) -> bool:
-        """Whether the branch takes part. At weight 0 it is not computed, so that the output is the layer's own, bit for bit."""
-        return self.on and self.weight != 0
+        """Whether the branch takes part. At weight 0 it is not computed, so that the output is the layer's own, bit for bit.
+
+        `silent` leaves it out for some forwards, without a write to the device (`train.cast`); texts made meanwhile belong to those forwards.
+        """
+        return self.on and not self.silent and self.weight != 0
 
     def write(self) -> None:
         """Brings `factor` up to date, in place: what was made with the old one (`TextContext`) can tell."""
@@ -112,8 +115,9 @@ class Branch(nn.Module):
         return self
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y plus this branch, in y's precision; computed in the adapter's."""
-        x = F.dropout(x.to(self.a.dtype), self.dropout, self.training)
+        """y plus this branch, in y's precision; computed in the adapter's, or as autocast has it."""
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.a.dtype)
+        x = F.dropout(x, self.dropout, self.training)
         return (y + F.linear(F.linear(x, self.a) * self.factor, self.b)).to(y.dtype)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..config import Config, availability
 from ..config.show import config_table
-from ..core.errors import InputError, NotAvailable
+from ..core.errors import InputError
 from .launch import launch, loop_settings, write_config
 from .rehearsal import Rehearsal
 from .trainer import Loop
@@ -66,6 +66,12 @@ def _diffusion(logdir: Path | None) -> Callable:
     return partial(DiffusionTask, logdir=logdir)
 
 
+def _distillation(logdir: Path | None) -> Callable:
+    from .distillation import DistillationTask
+
+    return partial(DistillationTask, logdir=logdir)
+
+
 def _judge(config: Config, logdir: Path, options: RunOptions) -> dict[str, float]:
     from ..world.judge_training import train_judge
 
@@ -73,15 +79,11 @@ def _judge(config: Config, logdir: Path, options: RunOptions) -> dict[str, float
     return train_judge(config, logdir) or {}
 
 
-def _later(config: Config, logdir: Path, options: RunOptions) -> dict[str, float]:
-    raise NotAvailable("distillation (algorithm.trainer: score_distillation)", "train with trainer: diffusion")
-
-
 TRAINERS: dict[str, Callable[[Config, Path, RunOptions], dict[str, float]]] = {
     "diffusion": _run_task(_diffusion),
     "vae": _run_task(_vae),
     "judge": _judge,
-    "score_distillation": _later,
+    "score_distillation": _run_task(_distillation),
 }
 
 
@@ -91,8 +93,9 @@ def run(config: Config, logdir: Path, options: RunOptions = RunOptions()) -> dic
     Returns the last measurements. Raises Interrupted (exit code 130) when asked to stop, after saving.
     """
     availability(config, "train")
-    if options.evaluate_only and not (config.algorithm.trainer == "diffusion" and config.evaluation.interval > 0):
-        raise InputError("one evaluation needs trainer: diffusion and an evaluation.interval above 0; set them, or generate films with inference.py")
+    if options.evaluate_only and not (config.algorithm.trainer in ("diffusion", "score_distillation") and config.evaluation.interval > 0):
+        needed = "trainer: diffusion or score_distillation and an evaluation.interval above 0"
+        raise InputError(f"one evaluation needs {needed}; set them, or generate films with inference.py")
     return TRAINERS[config.algorithm.trainer](config, Path(logdir), options)
 
 

@@ -1,9 +1,10 @@
 """Full training state on disk: what a stopped run needs to go on exactly as if it had not stopped.
 
 Layout: LOGDIR/checkpoint_model_{step:06d}/ with torch.distributed.checkpoint's files (every rank writes its own shards; `generator.*`, `generator_ema.*`,
-`generator_optimizer.*`, and `rank.{r}.*` for what belongs to one rank) and `run.json`: step, clock, trainer, configuration, topology, plain values of
-the ranks, and the size of every file. A save copies the state to host memory and returns; it is written beside training into a folder
-of another name, which is renamed when it is complete. So a folder of that name is whole, or damaged: it is never passed over for an older one.
+`generator_optimizer.*`, the same of every further player, and `rank.{r}.*` for what belongs to one rank) and `run.json`: step, clock, trainer,
+configuration, topology, plain values of the ranks, and the size of every file. A save copies the state to host memory and returns; it is written beside
+training into a folder of another name, which is renamed when it is complete. So a folder of that name is whole, or damaged: it is never passed over for
+an older one.
 
 Resuming (same run, everything restored) and starting from a checkpoint (`checkpoints.generator_ckpt`, weights only) are two things (spec training §9.1, D13).
 """
@@ -27,15 +28,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 
 from ..core.errors import CheckpointError, InputError
 from ..core.log import logger
 from ..models.files import RUN_FILE, read_sharded, run_record, sharded_sizes
-from .state import OPTIMIZER, Optimizers, optimizer_targets, optimizer_tensors, set_optimizer
+from .players import Player
+from .state import entry, optimizer_targets, optimizer_tensors, set_optimizer
 
 SINGLE_FILE = "model.pt"
-GENERATOR, EMA_NAME = "generator.", "generator_ema."
 PATIENCE = timedelta(hours=1)  # for the slowest rank's writing
 _FOLDER = re.compile(r"checkpoint_model_(\d+)$")
 
@@ -159,30 +159,38 @@ def damaged(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder} is damaged ({reason}); {remedy}, or use --no-auto-resume")
 
 
-def module_tensors(module: nn.Module, ema: Mapping[str, torch.Tensor], optimizer: Optimizers) -> dict[str, torch.Tensor]:
-    """The run's state by name: shards where parameters are sharded, sharing memory with what trains."""
-    tensors = {GENERATOR + name: tensor.detach() for name, tensor in module.state_dict().items()}
-    tensors |= {EMA_NAME + name: tensor for name, tensor in ema.items()}
-    return tensors | optimizer_tensors(optimizer, module)
+def player_tensors(player: Player) -> dict[str, torch.Tensor]:
+    """A player's state by name: shards where parameters are sharded, sharing memory with what trains."""
+    tensors = {f"{player.name}.{name}": tensor.detach() for name, tensor in player.trained.state_dict().items()}
+    tensors |= {f"{player.name}_ema.{name}": tensor for name, tensor in player.ema.tensors().items()}
+    return tensors | optimizer_tensors(player.optimizer, player.trained, player.name)
 
 
-def load(folder: Path, module: nn.Module, ema: Mapping[str, torch.Tensor], optimizer: Optimizers) -> None:
+def load(folder: Path, players: Sequence[Player]) -> None:
     """Restores weights, EMA and optimizer state in place, whatever topology wrote them. Every rank must call it.
 
     An EMA that the checkpoint lacks starts from its weights. Raises CheckpointError for another model or a damaged file.
     """
-    sizes = sizes_in(folder)
-    targets = {GENERATOR + name: tensor.detach() for name, tensor in module.state_dict().items()}
-    _check_model(folder, {name: tuple(t.shape) for name, t in targets.items()}, {name: s for name, (s, _) in sizes.items() if name.startswith(GENERATOR)})
-    has_ema = any(name.startswith(EMA_NAME) for name in sizes)
-    if has_ema:
-        targets |= {EMA_NAME + name: tensor for name, tensor in ema.items()}
-    states = optimizer_targets(optimizer, module, {name: size for name, size in sizes.items() if name.startswith(OPTIMIZER)})
-    _read(folder, targets | states)
-    set_optimizer(optimizer, module, states)
-    if not has_ema:
-        for name, tensor in ema.items():
-            tensor.copy_(targets[GENERATOR + name])
+    sizes, targets, states = sizes_in(folder), {}, []
+    for player in players:
+        own = {f"{player.name}.{name}": tensor.detach() for name, tensor in player.trained.state_dict().items()}
+        theirs = {name: shape for name, (shape, _) in sizes.items() if name.startswith(f"{player.name}.")}
+        _check_model(folder, {name: tuple(t.shape) for name, t in own.items()}, theirs)
+        targets |= own
+        if _has_ema(player, sizes):
+            targets |= {f"{player.name}_ema.{name}": tensor for name, tensor in player.ema.tensors().items()}
+        kept = {name: size for name, size in sizes.items() if name.startswith(entry(player.name))}
+        states.append(optimizer_targets(player.trained, kept, player.name))
+    _read(folder, {**targets, **{name: tensor for state in states for name, tensor in state.items()}})
+    for player, state in zip(players, states):
+        set_optimizer(player.optimizer, player.trained, state, player.name)
+        if not _has_ema(player, sizes):
+            for name, tensor in player.ema.tensors().items():
+                tensor.copy_(targets[f"{player.name}.{name}"])
+
+
+def _has_ema(player: Player, sizes: Mapping) -> bool:
+    return any(name.startswith(f"{player.name}_ema.") for name in sizes)
 
 
 def sizes_in(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -8,9 +8,11 @@ Legend: B batch, F latent frames, c chunks, C latent channels, H W latent rows a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ..diffusion.flow import shifted
+from ..diffusion.flow import denoising_steps, shifted, warp_denoising_steps
 
 LEAST, MOST = 20, 980  # timesteps that scores are asked at
 EPSILON = 1e-6
@@ -57,3 +59,12 @@ def critic_loss(velocity_BFCHW: torch.Tensor, target_BFCHW: torch.Tensor, mask_B
     wide = torch.promote_types(velocity_BFCHW.dtype, torch.float32)
     error_BF = (velocity_BFCHW.to(wide) - target_BFCHW).square().mean((2, 3, 4))
     return (error_BF * mask_BF).sum() / mask_BF.sum().clamp(min=1)
+
+
+def off_policy_levels(listed: Sequence[float] | None, steps: int, shift: float, *, warp: bool) -> list[float]:
+    """Levels at which films of the data are noised: the timesteps `listed`, shifted with `warp`, else those of `steps` steps. 0 is left out (D23)."""
+    if listed is None:
+        timesteps = [float(t) for t in denoising_steps(steps, shift)]
+    else:
+        timesteps = warp_denoising_steps([int(t) for t in listed], shift).tolist() if warp else list(listed)
+    return [t / 1000 for t in timesteps if t > 0]

@@ -99,14 +99,16 @@ class Evaluator:
         if self.codec is None and not vae.exists():
             raise InputError(f"evaluation needs the VAE {vae}, which is missing; put it there, or set evaluation.interval: 0")
 
-    def run(self, module: nn.Module, ema: Mapping[str, torch.Tensor], step: int) -> dict[str, float]:
+    def run(
+        self, module: nn.Module, ema: Mapping[str, torch.Tensor], step: int, *, raw: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, float]:
         """Numbers for the metrics, equal on every rank; films are in LOGDIR/evaluation/step_{step:06d}/. Every rank must call it.
 
         `ema`: the average's tensors by parameter name, evaluated beside the weights where `evaluation.use_ema` asks for it and there are any.
-        Raises InputError where a film cannot be written.
+        `raw`: the weights, where they are not `module`'s own parameters. Raises InputError where a film cannot be written.
         """
         began, columns = time.perf_counter(), {}
-        raw = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        raw = {name: parameter.detach() for name, parameter in module.named_parameters()} if raw is None else raw
         sets = [("", raw)] + ([("_ema", ema)] if self.config.evaluation.use_ema and ema else [])
         with _apart(self.device):
             self._prepare()

@@ -33,7 +33,7 @@ class Metrics:
                 file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, step: int, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
-        """`tensors`: scalars on the device (read later), the same ones at every step; `numbers`: known on the host."""
+        """`tensors`: scalars on the device (read later); `numbers`: known on the host."""
         self.pending.append((step, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), numbers))
 
     def note(self, step: int, columns: dict[str, float]) -> None:
@@ -49,27 +49,34 @@ class Metrics:
     def flush(self) -> dict[str, float]:
         """Writes what is pending and returns the means of its losses. Raises LongLiveError when one is not finite and its step was not skipped.
 
-        Skipped (a column of its own) is a step whose `grad_norm` is not finite.
+        Skipped (a column of its own) is a step with a gradient that is not finite.
         """
         if not self.pending:
             return self.last
-        values = torch.stack([tensors for _, _, tensors, _ in self.pending]).tolist()
-        rows = [{"step": step, **dict(zip(names, value)), **numbers} for (step, names, _, numbers), value in zip(self.pending, values)]
-        rows = [row if math.isfinite(row.get("grad_norm", 0.0)) else row | {"skipped": 1} for row in rows]
+        values = torch.cat([tensors for _, _, tensors, _ in self.pending]).cpu().split([len(names) for _, names, _, _ in self.pending])
+        rows = [{"step": step, **dict(zip(names, value.tolist())), **numbers} for (step, names, _, numbers), value in zip(self.pending, values)]
+        rows = [row if all(map(math.isfinite, _of(row, "grad_norm").values())) else row | {"skipped": 1} for row in rows]
         self.pending = []
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({k: _number(v) for k, v in row.items()}) + "\n" for row in rows)
         for row in rows if self.tracker is not None else ():
             self.tracker(row)
-        broken = next((row for row in rows if not math.isfinite(row["loss"]) and "skipped" not in row), None)
+        broken = next((row for row in rows if not all(map(math.isfinite, _of(row, "loss").values())) and "skipped" not in row), None)
         if broken:
+            (name, value), *_ = ((k, v) for k, v in _of(broken, "loss").items() if not math.isfinite(v))
             raise LongLiveError(
-                f"the loss of step {broken['step']} is {broken['loss']}: training stopped, the last saved weights are kept; "
+                f"the {name.replace('_', ' ')} of step {broken['step']} is {value}: training stopped, the last saved weights are kept; "
                 "use a lower training.lr or a longer training.warmup_steps"
             )
-        self.last = {k: _mean([row[k] for row in rows if k in row]) for k in rows[-1] if k != "step"}
+        names = dict.fromkeys(name for row in rows for name in row if name != "step")
+        self.last = {name: _mean([row[name] for row in rows if name in row]) for name in names}
         return self.last
+
+
+def _of(row: dict[str, float], kind: str) -> dict[str, float]:
+    """The columns of this kind, "loss" or "grad_norm", of every player of the run."""
+    return {name: value for name, value in row.items() if name in (kind, f"critic_{kind}")}
 
 
 def _number(value: float) -> float | None:

@@ -16,9 +16,9 @@ from ..core.log import logger
 from ..parallel.data_parallel import Replicas
 from . import checkpoint
 from .checkpoint import SINGLE_FILE, RankStates, RunState, Writer
-from .optim import EMA
+from .players import Player
 from .single_file import resume_single_file
-from .state import Optimizers, random_state, set_random_state
+from .state import random_state, set_random_state
 
 
 @runtime_checkable
@@ -47,8 +47,8 @@ class Descends(Protocol):
 class RunFiles:
     """Saves and resumes one run of one task. Every rank makes one and calls it alike."""
 
-    def __init__(self, task, optimizer: Optimizers, ema: EMA, logdir: Path, *, config: dict, replicas: Replicas, keep: int):
-        self.task, self.optimizer, self.ema, self.logdir, self.config, self.replicas, self.keep = task, optimizer, ema, logdir, config, replicas, keep
+    def __init__(self, task, players: Sequence[Player], logdir: Path, *, config: dict, replicas: Replicas, keep: int):
+        self.task, self.players, self.logdir, self.config, self.replicas, self.keep = task, players, logdir, config, replicas, keep
         self.writer: Writer | None = None
 
     @property
@@ -66,7 +66,8 @@ class RunFiles:
             tensors |= found
         about = {"trainer": self.task.name, "topology": self.topology, "config": self.config, "config_hash": checkpoint.config_hash(self.config)}
         about |= {"origin": self.task.origin} if isinstance(self.task, Descends) else {}
-        self.writer.save(state, checkpoint.module_tensors(self.task.module, self.ema.tensors(), self.optimizer), (plain, tensors), about)
+        trained = {name: tensor for player in self.players for name, tensor in checkpoint.player_tensors(player).items()}
+        self.writer.save(state, trained, (plain, tensors), about)
 
     def poll(self) -> None:
         if self.writer is not None:
@@ -82,11 +83,12 @@ class RunFiles:
         if folder is None:
             return None
         if (folder / SINGLE_FILE).is_file():
-            state = resume_single_file(folder, self.task.module, self.optimizer, self.ema, trainer=self.task.name)
+            (player,) = self.players
+            state = resume_single_file(folder, player.trained, player.optimizer, player.ema, trainer=self.task.name)
         else:
             run = checkpoint.read_run(folder, self.task.name)
             checkpoint.note_changes(run, self.config)
-            checkpoint.load(folder, self.task.module, self.ema.tensors(), self.optimizer)
+            checkpoint.load(folder, self.players)
             self._resume_rank(folder, run)
             state = RunState(run["step"], run["elapsed"])
         logger.info("resumed from %s at step %d", folder, state.step)

@@ -71,7 +71,7 @@ class Standing:
 
 
 class StudentRollout:
-    """The memory of one batch of rollouts, one segment of chunks after another. `phase()` surrounds every forward (precision)."""
+    """The memory of one batch of rollouts, one segment of chunks after another. `phase()` surrounds every forward, with and without gradients."""
 
     def __init__(
         self,

@@ -15,8 +15,12 @@ from torch import nn
 from ..parallel.fsdp import like, reshard
 from .muon import Both
 
-OPTIMIZER = "generator_optimizer."
 Optimizers = torch.optim.Optimizer | Both
+
+
+def entry(player: str) -> str:
+    """What stands before the names of a player's optimizer state."""
+    return f"{player}_optimizer."
 
 
 def parts(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
@@ -32,30 +36,30 @@ def _names(module: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in module.named_parameters()}
 
 
-def optimizer_tensors(optimizer: Optimizers, module: nn.Module) -> dict[str, torch.Tensor]:
-    """`generator_optimizer.{exp_avg, step, ...}.{parameter}`; empty before the first step."""
+def optimizer_tensors(optimizer: Optimizers, module: nn.Module, player: str = "generator") -> dict[str, torch.Tensor]:
+    """`{player}_optimizer.{exp_avg, step, ...}.{parameter}`; empty before the first step."""
     names, found = _names(module), {}
     for part in parts(optimizer):
         for parameter, state in part.state.items():
-            found |= {f"{OPTIMIZER}{key}.{names[id(parameter)]}": value for key, value in state.items()}
+            found |= {f"{entry(player)}{key}.{names[id(parameter)]}": value for key, value in state.items()}
     return found
 
 
-def optimizer_targets(optimizer: Optimizers, module: nn.Module, sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:
-    """Empty tensors for what a checkpoint holds of this optimizer, laid out as its parameters are."""
+def optimizer_targets(module: nn.Module, sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], player: str = "generator") -> dict[str, torch.Tensor]:
+    """Empty tensors for what a checkpoint holds of the optimizer of `module`, laid out as its parameters are."""
     parameters, found = dict(module.named_parameters()), {}
     for name, (shape, dtype) in sizes.items():
-        parameter = parameters.get(name.removeprefix(OPTIMIZER).split(".", 1)[1])
+        parameter = parameters.get(name.removeprefix(entry(player)).split(".", 1)[1])
         if parameter is not None:
             found[name] = torch.empty_like(parameter.detach(), dtype=dtype) if shape == tuple(parameter.shape) else torch.empty(shape, dtype=dtype)
     return found
 
 
-def set_optimizer(optimizer: Optimizers, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def set_optimizer(optimizer: Optimizers, module: nn.Module, tensors: Mapping[str, torch.Tensor], player: str = "generator") -> None:
     """Gives the optimizer the state `tensors`, named as in `optimizer_tensors`. Rates and decays stay those of the configuration."""
     names, by_parameter = _names(module), {}
     for name, tensor in tensors.items():
-        key, parameter = name.removeprefix(OPTIMIZER).split(".", 1)
+        key, parameter = name.removeprefix(entry(player)).split(".", 1)
         by_parameter.setdefault(parameter, {})[key] = tensor
     for part in parts(optimizer):
         numbered = {i: by_parameter[names[id(p)]] for i, p in enumerate(_parameters(part)) if names[id(p)] in by_parameter}
@@ -71,7 +75,7 @@ def numbered_state(optimizer: Optimizers, module: nn.Module, state: Mapping) -> 
             name = names[id(parameter)]
             for key, value in entries.get(place, entries.get(name, entries.get(f"model.{name}", {}))).items():
                 value = torch.as_tensor(value)
-                found[f"{OPTIMIZER}{key}.{name}"] = (like(value, parameters[name]) if value.shape == parameter.shape else value).clone()
+                found[f"{entry('generator')}{key}.{name}"] = (like(value, parameters[name]) if value.shape == parameter.shape else value).clone()
     return found
 
 

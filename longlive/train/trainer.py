@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Protocol, runtime_checkable
@@ -26,8 +26,8 @@ from .checkpoint import RunState
 from .garbage import Garbage
 from .guards import SKIPS_IN_A_ROW, Late, SkippedSteps, no_memory
 from .metrics import Metrics
-from .muon import muon
-from .optim import EMA, adamw, guarded_step, learning_rate
+from .optim import guarded_step, learning_rate
+from .players import Player, Role
 from .run_files import RunFiles
 from .state import parts, untouched
 
@@ -68,13 +68,15 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Draw:
-    """Randomness and place of one micro-step: `generator` on the task's device, `host` on the CPU, `progress` 0..1, `step` and `micro` from 0."""
+    """Randomness and place of one micro-step: `generator` on the task's device, `host` on the CPU, `progress` 0..1, `step` and `micro` from 0,
+    and the `player` that learns."""
 
     generator: torch.Generator
     host: torch.Generator
     progress: float
     step: int = 0
     micro: int = 0
+    player: str = "generator"
 
 
 class Task(Protocol):
@@ -97,6 +99,13 @@ class Task(Protocol):
 
     def finish(self, folder: Path) -> dict[str, float]:
         """Last measurements; they are logged and returned by `fit`."""
+
+
+@runtime_checkable
+class Plays(Protocol):
+    """A task with several players: at every step each that is due learns, in this order. `module` is the first one's network."""
+
+    roles: Sequence[Role]
 
 
 @runtime_checkable
@@ -153,21 +162,24 @@ class Loop:
         tracker: Callable | None = None,
     ):
         self.task, self.settings, self.logdir, self.config, self.replicas, self.stream = task, settings, logdir, config, replicas, stream
-        rates = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
-        self.optimizer = muon(task.module, **rates) if settings.optimizer == "muon" else adamw(task.module.parameters(), **rates)
-        self.parameters = [p for p in task.module.parameters() if p.requires_grad]
-        self.ema = EMA(task.module, settings.ema_decay, settings.ema_start_step)
+        how = {"optimizer": settings.optimizer, "weight_decay": settings.weight_decay, "ema_start_step": settings.ema_start_step}
+        self.players = [Player(role, **how) for role in (task.roles if isinstance(task, Plays) else [self._only_role()])]
+        self.ema = self.players[0].ema
         self.writes, self.sharded = replicas.rank == 0, is_sharded(task.module)
-        self.small = sum(p.numel() * p.element_size() for p in self.parameters) < SMALL_ENOUGH
+        self.small = sum(p.numel() * p.element_size() for p in task.module.parameters()) < SMALL_ENOUGH
         self.skipped = SkippedSteps()
-        self.refused: Late | None = None  # the last step's, not yet read
+        self.unsettled: tuple[Late, list[Player]] | None = None  # whether the last step was refused, not yet read, and who learned in it
         logdir.mkdir(parents=True, exist_ok=True)
-        self.files = RunFiles(task, self.optimizer, self.ema, logdir, config=config, replicas=replicas, keep=settings.keep)
+        self.files = RunFiles(task, self.players, logdir, config=config, replicas=replicas, keep=settings.keep)
         resumed = self.files.resume() if auto_resume else None
         if not auto_resume and settings.save and self.writes:
             self.files.note_others()
         self.state = resumed or RunState()
         self.metrics = Metrics(logdir / "metrics.jsonl" if self.writes else None, self.state.step if resumed else None, tracker)
+
+    def _only_role(self) -> Role:
+        s, module = self.settings, self.task.module
+        return Role(name="generator", network=module, trained=module, lr=s.lr, betas=s.betas, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
 
     def fit(self) -> dict[str, float]:
         """Trains, writes weights and measurements, returns the latter. Raises LongLiveError, with what to lower, where memory does not suffice."""
@@ -227,50 +239,62 @@ class Loop:
         for count, batch in enumerate(self.task.warm_up()):
             loss, _ = self.task.loss(batch)
             loss.backward()
-            self.optimizer.zero_grad(set_to_none=True)
+            for player in self.players:
+                player.optimizer.zero_grad(set_to_none=True)
             logger.info("warm-up %d: loss %.4f, %.1f s", count + 1, loss.item(), time.perf_counter() - start)
         self.replicas.maximum(0.0)
 
-    def _draw(self, micro: int) -> Draw:
+    def _draw(self, micro: int, number: int) -> Draw:
         parts = (self.settings.seed, self.stream, self.state.step, micro)
-        generator = torch.Generator(self.task.device).manual_seed(seed_of(*parts, 0))
-        host = torch.Generator().manual_seed(seed_of(*parts, 1))
-        return Draw(generator, host, self.settings.progress(self.state), self.state.step, micro)
+        generator = torch.Generator(self.task.device).manual_seed(seed_of(*parts, 2 * number))
+        host = torch.Generator().manual_seed(seed_of(*parts, 2 * number + 1))
+        return Draw(generator, host, self.settings.progress(self.state), self.state.step, micro, self.players[number].name)
 
     def _step(self) -> None:
-        began, settings = time.perf_counter(), self.settings
-        progress = settings.progress(self.state)
-        rate = learning_rate(self.state.step, progress, lr=settings.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
-        for group in self.optimizer.param_groups:
+        began, learned, refused, columns = time.perf_counter(), [], 0.0, {}
+        for number, player in enumerate(self.players):
+            if player.due(self.state.step):
+                found, broken = self._learn(number, player)
+                columns |= {player.role.prefix + name: value for name, value in found.items()}
+                learned.append(player)
+                refused = refused + broken
+        rate = self.players[0].optimizer.param_groups[0]["lr"]
+        self.state, self.unsettled = RunState(self.state.step + 1, self.state.elapsed), (Late(refused), learned)
+        numbers = {"lr": rate, "seconds": self.state.elapsed, "ms": 1000 * (time.perf_counter() - began)}
+        self.metrics.add(self.state.step, columns, numbers)
+
+    def _learn(self, number: int, player: Player) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """One optimizer step of one player: its columns, and 1 on the device where the step was refused."""
+        settings, progress, total, columns = self.settings, self.settings.progress(self.state), 0.0, {}
+        rate = learning_rate(self.state.step, progress, lr=player.role.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)
+        for group in player.optimizer.param_groups:
             group["lr"] = rate
-        total, columns = 0.0, {}
         for micro in range(settings.accumulation):
-            reduce_gradients(self.task.module, micro == settings.accumulation - 1)
-            loss, columns = self.task.loss(self.task.batch(self._draw(micro)))
+            reduce_gradients(player.network, micro == settings.accumulation - 1)
+            loss, columns = self.task.loss(self.task.batch(self._draw(micro, number)))
             (loss / settings.accumulation).backward()
             total = total + loss.detach() / settings.accumulation
         if not self.sharded:
-            self.replicas.average_gradients(self.task.module)
-        norm = gradient_norm(self.parameters)
+            self.replicas.average_gradients(player.network)
+        norm = gradient_norm(player.parameters)
         self._settle()
         refused = norm.isfinite().logical_not().float()
-        nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
-        guarded_step(parts(self.optimizer), refused)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.state, self.refused = RunState(self.state.step + 1, self.state.elapsed), Late(refused)
-        numbers = {"lr": rate, "seconds": self.state.elapsed, "ms": 1000 * (time.perf_counter() - began)}
-        self.metrics.add(self.state.step, {"loss": total, "grad_norm": norm, **columns}, numbers)
+        nn.utils.clip_grads_with_norm_(player.parameters, player.role.max_grad_norm, norm)
+        guarded_step(parts(player.optimizer), refused)
+        player.optimizer.zero_grad(set_to_none=True)
+        return {"loss": total, "grad_norm": norm, **columns}, refused
 
     def _settle(self) -> None:
         """What the last step left to the host: counting it when it was skipped, the average when it was not.
 
         Weights must still be those of that step: called before the next one changes them, and before anything reads the average.
         """
-        if self.refused is None:
+        if self.unsettled is None:
             return
-        sound, self.refused = not self.refused.read(), None
-        if sound:
-            self.ema.update(self.task.module, self.state.step)
+        (refused, learned), self.unsettled = self.unsettled, None
+        sound = not refused.read()
+        for player in learned if sound else ():
+            player.ema.update(player.network, self.state.step)
         if self.skipped.count(sound, self.state.step) == SKIPS_IN_A_ROW:
             self.metrics.flush()
             self.files.wait()

@@ -13,14 +13,14 @@ from ranks import run_ranks
 from longlive.core.errors import CheckpointError, Interrupted
 from longlive.parallel import fsdp
 from longlive.train import checkpoint
-from longlive.train.checkpoint import module_tensors
+from longlive.train.checkpoint import player_tensors
 
 HALF = "checkpoint_model_000002"
 
 
 def state_of(loop, part=fsdp.whole):
     """Everything that a run carries: whole, or (`part` fsdp.local) this rank's shards."""
-    tensors = module_tensors(loop.task.module, loop.ema.tensors(), loop.optimizer)
+    tensors = player_tensors(loop.players[0])
     return {name: part(tensor).clone() for name, tensor in tensors.items()}
 
 

@@ -14,11 +14,9 @@ from longlive.models.weights import read_state
 from longlive.parallel.data_parallel import Replicas
 from longlive.train import checkpoint
 from longlive.train.checkpoint import RunState, Writer, changed_keys, folders, join, split
-from longlive.train.muon import muon
-from longlive.train.optim import EMA, adamw
+from longlive.train.players import Player, Role
 from longlive.train.run_files import RunFiles
 
-RATES = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 CONFIG = {"training": {"lr": 0.1, "betas": [0.9]}}
 
 
@@ -50,9 +48,11 @@ class Run:
 
     def __init__(self, folder, optimizer="adamw", decay=0.9, keep=0):
         self.task = Task()
-        self.optimizer = muon(self.task.module, **RATES) if optimizer == "muon" else adamw(self.task.module.parameters(), **RATES)
-        self.ema = EMA(self.task.module, decay)
-        self.files = RunFiles(self.task, self.optimizer, self.ema, folder, config=CONFIG, replicas=Replicas(), keep=keep)
+        module = self.task.module
+        role = Role(name="generator", network=module, trained=module, lr=1e-2, betas=(0.9, 0.99), max_grad_norm=1.0, ema_decay=decay)
+        self.player = Player(role, optimizer=optimizer, weight_decay=0.1)
+        self.optimizer, self.ema = self.player.optimizer, self.player.ema
+        self.files = RunFiles(self.task, [self.player], folder, config=CONFIG, replicas=Replicas(), keep=keep)
 
     def step(self, number):
         generator = torch.Generator().manual_seed(number)

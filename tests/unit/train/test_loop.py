@@ -113,7 +113,7 @@ def test_a_run_with_refused_steps_is_the_run_without_them(tmp_path):
         honest._step()
         honest._settle()
     honest._export()
-    ours, theirs = everything(bad.module, first.optimizer), everything(honest.task.module, honest.optimizer)
+    ours, theirs = everything(bad.module, first.players[0].optimizer), everything(honest.task.module, honest.players[0].optimizer)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert all(torch.equal(bad.exported[name], tensor) for name, tensor in honest.task.exported.items())
     rows = [json.loads(line) for line in (tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,189 @@
+"""The three roles of distillation and the networks behind them: student, teacher, critic.
+
+A role is a network, with at most one LoRA of its own on it, and the mask under which it sees a film. Roles that start from the same weights and keep them
+frozen share one network in memory: then the student is that network with the LoRA `generator`, the critic with the LoRA `critic`, and the teacher is the
+network itself. `Voice.speak` chooses whose LoRA takes part; it sets flags that forwards read, and writes nothing to the device. A block whose
+activations are recomputed in the backward pass must find the flags of its forward: whoever computes a loss leaves its own role speaking.
+
+Legend: I features in, O features out, R rank, M layers of one size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config.root import Config
+from ..engine.parts import generator_path, model_config
+from ..models import lora
+from ..models.joint import join_projections
+from ..models.lora import Branch, branches
+from ..models.sizes import dit_dims, shapes_of
+from ..models.spec import ModelSpec
+from ..models.wan_dit import WanDiT
+from ..models.weights import build_on_meta, load_into, native_state, read_state
+from .scores import Mask
+
+STUDENT, CRITIC = "generator", "critic"
+
+
+@dataclass(eq=False)
+class Voice:
+    """One role: `dit` with the LoRA `adapter` on it (None: without any), seen under `mask`."""
+
+    dit: WanDiT
+    adapter: str | None
+    mask: Mask
+    all_branches: list[Branch] = field(default_factory=list)
+
+    def speak(self) -> WanDiT:
+        """The network, with this role's LoRA taking part and no other, until another role speaks."""
+        for branch in self.all_branches:
+            branch.silent = branch.adapter != self.adapter
+        return self.dit
+
+
+class AdapterView:
+    """The parameters of one LoRA under their published names: what a player trains of its network. Satisfies `players.Trained`."""
+
+    def __init__(self, dit: nn.Module, adapter: str):
+        self.dit, self.adapter = dit, adapter
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from lora.adapter_state(self.dit, self.adapter).items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from lora.adapter_state(self.dit, self.adapter).values()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return lora.adapter_state(self.dit, self.adapter)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """`networks`: the distinct ones, once each."""
+
+    student: Voice
+    teacher: Voice
+    critic: Voice
+
+    @property
+    def networks(self) -> list[WanDiT]:
+        return list({id(v.dit): v.dit for v in (self.student, self.teacher, self.critic)}.values())
+
+
+def places(config: Config, spec: ModelSpec) -> tuple[Path, Path, Path]:
+    """Where student, teacher and critic start from: a checkpoint that is not named is the student's (spec training §6.1, D6)."""
+    student, c = generator_path(config, spec), config.checkpoints
+    return student, Path(c.real_score_ckpt or student), Path(c.fake_score_ckpt or student)
+
+
+def masks(config: Config) -> tuple[Mask, Mask]:
+    """Of teacher and critic: `algorithm.real_score_mask` and `fake_score_mask`, else what the documented switches say."""
+    a = config.algorithm
+    usual: Mask = "teacher_forced" if a.teacher_forcing else "causal" if a.all_causal else "bidirectional"
+    return a.real_score_mask or usual, a.fake_score_mask or usual
+
+
+def read_network(place: Path, config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> WanDiT:
+    """The generator at `place`, in memory of its own. Raises CheckpointError that names the file that is missing or does not fit."""
+    state = native_state(read_state(place, use_ema=config.inference.use_ema, kind="generator"), "generator")
+    dims = dit_dims(shapes_of(state.tensors), spec.dit, model_config(place, spec))
+    dit = build_on_meta(lambda: WanDiT(dims)).to(dtype).to_empty(device=device)
+    load_into(dit, state, kind="generator")
+    return dit
+
+
+def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtype: torch.dtype) -> Cast:
+    """Reads and adapts the networks of all roles. What trains is float32; what is frozen is in `frozen_dtype`, and shared where it can be."""
+    frozen: dict[Path, WanDiT] = {}
+
+    def network(place: Path, trains: bool) -> WanDiT:
+        if trains:
+            return read_network(place, config, spec, device, torch.float32)
+        if place not in frozen:
+            frozen[place] = read_network(place, config, spec, device, frozen_dtype).requires_grad_(False)
+        return frozen[place]
+
+    adapter, (at_student, at_teacher, at_critic) = config.adapter, places(config, spec)
+    adapted = adapter is not None and adapter.apply_to_critic
+    student, critic = network(at_student, adapter is None), network(at_critic, not adapted)
+    teacher = network(at_teacher, False)
+    for dit, name, wanted in ((student, STUDENT, adapter is not None), (critic, CRITIC, adapted)):
+        if wanted:
+            generator = torch.Generator().manual_seed(config.logging.seed)  # the same on every rank (spec training §9.1, D7)
+            lora.attach(dit, spec, adapter.fresh_rank, adapter.alpha, adapter.dropout, generator, name=name)
+    names = (STUDENT if adapter else None, None, CRITIC if adapted else None)
+    voices = [Voice(dit, name, mask) for dit, name, mask in zip((student, teacher, critic), names, ("causal", *masks(config)))]
+    for voice in voices:
+        voice.all_branches = [branch for _, branch in branches(voice.dit)]
+        for branch in voice.all_branches:
+            branch.requires_grad_(True)
+    return Cast(*voices)
+
+
+class Merged(Mapping):
+    """The parameters of a network by name, those of layers with `adapter` with it merged in, computed when asked for. `tensors`: A and B, by published name."""
+
+    def __init__(self, dit: WanDiT, adapter: str, tensors: Mapping[str, torch.Tensor]):
+        self.plain = {name: p.detach() for name, p in dit.named_parameters() if f".{lora.BRANCHES}." not in name}
+        self.branches, self.tensors = dict(branches(dit, adapter)), tensors
+
+    def __iter__(self):
+        return iter(self.plain)
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight, layer = self.plain[name], name.removesuffix(".weight")
+        if layer == name or layer not in self.branches:
+            return weight
+        a_RI, b_OR = (self.tensors[f"{lora.PUBLISHED}{layer}.lora_{side}.weight"].detach().float() for side in "AB")
+        return weight.float() + self.branches[layer].alpha / len(a_RI) * (b_OR @ a_RI)
+
+
+class Stepper:
+    """A copy of the student for all that needs no gradients, in the compute precision and without LoRA branches: merged weights, brought up to date at use.
+
+    A step of the solver is then a plain forward. It takes the memory of one more network.
+    """
+
+    def __init__(self, voice: Voice, spec: ModelSpec, dtype: torch.dtype):
+        source = voice.dit
+        self.dit = build_on_meta(lambda: WanDiT(source.dims)).to(dtype).to_empty(device=next(source.parameters()).device).eval().requires_grad_(False)
+        join_projections(self.dit)
+        own, mine = dict(source.named_parameters()), dict(self.dit.named_parameters())
+        self.branches = dict(branches(source, voice.adapter)) if voice.adapter else {}
+        self.sizes: dict[tuple, list[str]] = defaultdict(list)
+        for layer in self.branches:
+            self.sizes[tuple(own[f"{layer}.weight"].shape)].append(layer)
+        self.own, self.mine, self.made = own, mine, None
+        self.trained = [p for b in self.branches.values() for p in (b.a, b.b)] or list(own.values())
+        with torch.no_grad():
+            torch._foreach_copy_(list(mine.values()), [own[name].detach() for name in mine])
+
+    @torch.no_grad()
+    def current(self) -> WanDiT:
+        """The copy with the student's weights of now."""
+        version = sum(p._version for p in self.trained)
+        if version != self.made:
+            self.made = version
+            if not self.branches:
+                torch._foreach_copy_(list(self.mine.values()), [self.own[name].detach() for name in self.mine])
+            for layers in self.sizes.values():
+                self._merge(layers)
+        return self.dit
+
+    def _merge(self, layers: list[str]) -> None:
+        found = [self.branches[layer] for layer in layers]
+        scale = found[0].alpha / found[0].a.shape[0]
+        weight_MOI = torch.stack([self.own[f"{layer}.weight"] for layer in layers]).float()
+        merged = torch.baddbmm(weight_MOI, torch.stack([b.b for b in found]).float(), torch.stack([b.a for b in found]).float(), alpha=scale)
+        torch._foreach_copy_([self.mine[f"{layer}.weight"] for layer in layers], list(merged.unbind()))
+

@@ -1,0 +1,317 @@
+"""The distillation trainer: a student that makes films in a few steps, a critic that follows what it makes, a teacher that says what it should make.
+
+At every step the critic learns flow matching on a fresh rollout of the student; every `training.dfake_gen_update_ratio` steps the student learns first,
+from the difference between critic and teacher on a rollout of its own. What is drawn for a rollout as a whole (length, exit steps) is drawn from the run's
+seed and the step, alike on all ranks; the rest belongs to a rank's own films.
+
+Legend: B batch, F latent frames, c chunks, C latent channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..cache.attend import visible_tensor
+from ..config.root import Config
+from ..diffusion.flow import add_noise, x0_from_velocity
+from ..diffusion.known import KnownFrames
+from ..diffusion.samplers import unipc
+from ..engine.pipeline import rollout_settings
+from ..models.spec import model_spec
+from ..models.wan_dit import TextContext, WanDiT
+from ..parallel.apply import Plan, apply
+from ..parallel.mesh import Mesh
+from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, make_cast
+from .clips import Words
+from .compiled import checkpoint_blocks
+from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_timesteps, guided, off_policy_levels, score_timesteps
+from .evaluate import Evaluator
+from .export import save_generator
+from .films import Films, FilmSource, film_dtype, open_films
+from .lora_export import save_adapters
+from .players import Role
+from .scores import score
+from .simulation import Exits, Script, StudentRollout
+from .teacher_forcing import Film, frame_positions
+from .trainer import Draw, seed_of
+
+SHARED = 2  # in seeds of what all ranks draw alike
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-step of one player: whose turn it is, its films, and what all ranks share of it."""
+
+    draw: Draw
+    films: Films
+    chunks: int
+    exits: Exits
+
+
+@dataclass(frozen=True)
+class Noised:
+    """The student's film and its noised form. `sigma_BF` is what networks are told; `mask_BF` 1 where a frame counts."""
+
+    x_BFCHW: torch.Tensor
+    noisy_BFCHW: torch.Tensor
+    noise_BFCHW: torch.Tensor
+    sigma_BF: torch.Tensor
+    mask_BF: torch.Tensor
+
+
+class DistillationTask:
+    """Satisfies `trainer.Task` with two players. Data are opened before weights are read. `logdir` gets films, where they are asked for."""
+
+    name = "score_distillation"
+
+    def __init__(self, config: Config, device: torch.device, mesh: Mesh, logdir: Path | None = None):
+        self.config, self.device, self.mesh = config, device, mesh
+        self.spec, self.mixed = model_spec(config.model_kwargs.model_name), config.infra.mixed_precision and device.type == "cuda"
+        self.rollout = rollout_settings(config)
+        self.schedule = unipc(self.rollout.steps, self.rollout.shift)
+        self.films: FilmSource = open_films(config, self.spec, device, mesh)
+        self.cast: Cast = make_cast(config, self.spec, device, film_dtype(config, device))
+        for network in self.cast.networks:
+            self._ready(network)
+        self.module: nn.Module = self.cast.student.dit
+        self.films.load(self.module.dims)
+        self.stepper = Stepper(self.cast.student, self.spec, film_dtype(config, device)) if config.infra.rollout_copy else None
+        self.evaluator = self._evaluator(logdir) if logdir is not None and config.evaluation.interval > 0 else None
+        self.roles = self._roles()
+        self._kept: tuple[Step, torch.Tensor] | None = None  # the student's last rollout
+
+    def _ready(self, network: WanDiT) -> None:
+        infra = self.config.infra
+        trains = any(p.requires_grad for p in network.parameters())
+        plan = Plan(
+            blocks=self.spec.block_patterns,
+            entries=self.spec.entry_patterns,
+            strategy=infra.sharding_strategy,
+            wrap=infra.generator_fsdp_wrap_strategy,
+            bf16=self.mixed,
+            recompute=checkpoint_blocks if infra.gradient_checkpointing and trains else None,
+        )
+        apply(network.eval(), self.device, plan)
+
+    def _evaluator(self, logdir: Path) -> Evaluator:
+        evaluator = Evaluator(self.config, logdir, self.device, self.mesh)
+        evaluator.check()
+        return evaluator
+
+    def _roles(self) -> tuple[Role, Role]:
+        t = self.config.training
+        return (
+            self._role(self.cast.student, STUDENT, t.lr, (t.beta1, t.beta2), t.max_grad_norm_generator, t.ema_weight, t.dfake_gen_update_ratio),
+            self._role(self.cast.critic, CRITIC, t.lr_critic, (t.beta1_critic, t.beta2_critic), t.max_grad_norm_critic, 0.0, 1),
+        )
+
+    def _role(self, voice: Voice, name: str, lr: float, betas: tuple[float, float], clip: float, ema: float, every: int) -> Role:
+        trained = voice.dit if voice.adapter is None else AdapterView(voice.dit, voice.adapter)
+        name, prefix = name + ("_lora" if voice.adapter else ""), "" if name == STUDENT else f"{name}_"
+        rates = {"lr": lr, "betas": betas, "max_grad_norm": clip, "ema_decay": ema}
+        return Role(name=name, network=voice.dit, trained=trained, every=every, prefix=prefix, **rates)
+
+    # ------------------------------------------------------------ what a step is about
+
+    def warm_up(self) -> Iterator[Step]:
+        """A step of either player with the longest rollout and the latest exit."""
+        self.films.prepare()
+        chunks = self._chunks(self.config.training.num_training_frames)
+        exits = self._exits([self.schedule.steps - 1] * chunks)
+        for role in self.roles:
+            draw = Draw(torch.Generator(self.device).manual_seed(0), torch.Generator().manual_seed(0), 0.0, player=role.name)
+            yield Step(draw, self.films.example(0, chunks), chunks, exits)
+
+    def batch(self, draw: Draw) -> Step:
+        number = [role.name for role in self.roles].index(draw.player)
+        shared = torch.Generator().manual_seed(seed_of(self.config.logging.seed, SHARED, draw.step, draw.micro, number))
+        a, t, steps = self.config.algorithm, self.config.training, self.schedule.steps
+        low, high = self._chunks(t.min_num_training_frames), self._chunks(t.num_training_frames)
+        chunks = int(torch.randint(low, high + 1, (1,), generator=shared))
+        drawn = torch.randint(steps, (chunks,), generator=shared).tolist()
+        if a.last_step_only:
+            drawn = [steps - 1] * chunks
+        elif a.same_step_across_blocks:
+            drawn = drawn[:1] * chunks
+        return Step(draw, self.films.draw(draw, chunks), chunks, self._exits(drawn))
+
+    def _chunks(self, frames: int) -> int:
+        return frames // self.config.chunk_frames
+
+    def _exits(self, steps: list[int]) -> Exits:
+        learn = self._chunks(self.config.training.slice_last_frames)
+        return Exits(steps=tuple(steps), first_with_gradients=max(0, len(steps) - learn))
+
+    # ------------------------------------------------------------ losses
+
+    def loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of the player whose turn it is; its LoRA is the one that takes part when this returns."""
+        learn = self._student_loss if step.draw.player == self.roles[0].name else self._critic_loss
+        return learn(step)
+
+    def _student_loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with self._phase(cached=True):
+            x = self._rolled(step)
+        if self.config.training.critic_reuses_rollout:
+            self._kept = (step, x.detach())
+        film, noised = self._film(step), self._noised(step, x)
+        with torch.no_grad(), self._phase():
+            fake = self._clean(self.cast.critic, step, film, noised, self.config.algorithm.fake_guidance_scale)
+            real = self._clean(self.cast.teacher, step, film, noised, self.config.algorithm.real_guidance_scale)
+        gradient = dmd_gradient(noised.x_BFCHW, real, fake, noised.mask_BF, self.config.chunk_frames)
+        self.cast.student.speak()
+        away = (noised.x_BFCHW - real).abs().mean()
+        return dmd_loss(x, gradient, noised.mask_BF), {"dmdtrain_gradient_norm": gradient.abs().mean(), "distance": away}
+
+    def _critic_loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        kept, self._kept = self._kept, None
+        if kept is not None and (kept[0].draw.step, kept[0].draw.micro) == (step.draw.step, step.draw.micro):
+            step, x = replace(kept[0], draw=step.draw), kept[1]
+        else:
+            with torch.no_grad(), self._phase():
+                x = self._rolled(step)
+        film, noised = self._film(step), self._noised(step, x)
+        with self._phase(cached=True):
+            dit = self.cast.critic.speak()
+            velocity = score(dit, self._text(dit, step.films.words), film, self.cast.critic.mask, noised.noisy_BFCHW, noised.sigma_BF, noised.x_BFCHW)
+        return critic_loss(velocity, noised.noise_BFCHW - noised.x_BFCHW, noised.mask_BF), {}
+
+    def _phase(self, cached: bool = False) -> AbstractContextManager:
+        """Precision of forwards. Casts of weights may only be kept where all forwards inside have gradients, or have none of the weights that learn."""
+        if not self.mixed:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cached)
+
+    def _text(self, dit: WanDiT, words: Words) -> TextContext:
+        return dit.text_context(words.raw_RMt.to(dit.patch_embedding.weight.dtype), words.bias_RM)
+
+    def _rolled(self, step: Step) -> torch.Tensor:
+        """The student's film [B, F, C, H, W]."""
+        films, draw = step.films, step.draw
+        batch, shape = len(films.cuts), self.config.data.image_or_video_shape
+        noise = torch.randn((batch, step.chunks * self.config.chunk_frames, *shape[2:]), generator=draw.generator, device=self.device)
+        dit = self.cast.student.speak()
+        free = None
+        if self.stepper is not None:
+            copy = self.stepper.current()
+            with torch.no_grad():
+                free = (copy, self._text(copy, films.words))
+        known = None if films.first_B1CHW is None else KnownFrames(films.first_B1CHW)
+        if not self.config.algorithm.backward_simulation:
+            return self._off_policy(step, dit, noise)
+        rollout = StudentRollout(dit, self.rollout, phase=lambda: self._phase(cached=torch.is_grad_enabled()))
+        return rollout.run(noise, self._script(step), self._text(dit, films.words), step.exits, known=known, stepper=free)
+
+    def _off_policy(self, step: Step, dit: WanDiT, noise: torch.Tensor) -> torch.Tensor:
+        """Films of the data, noised to a level of the step list, cleaned in one forward. The list ends above 0: at 0 there is nothing to learn (D23)."""
+        films, f = step.films, self.config.chunk_frames
+        levels = torch.tensor(self._levels(), dtype=torch.float64, device=self.device)
+        drawn_Bc = torch.randint(len(levels), (len(films.cuts), step.chunks), generator=step.draw.generator, device=self.device)
+        known = self._known_BF(step)
+        sigma_BF = levels[drawn_Bc].repeat_interleave(f, 1).masked_fill(known, 0.0)
+        clean = films.latents_BFCHW
+        noisy = add_noise(clean, noise, sigma_BF.float())
+        velocity = score(dit, self._text(dit, films.words), self._film(step), self.cast.student.mask, noisy, sigma_BF, clean)
+        return torch.where(known[..., None, None, None], clean, x0_from_velocity(noisy, velocity, sigma_BF))
+
+    def _levels(self) -> list[float]:
+        a = self.config.algorithm
+        return off_policy_levels(a.denoising_step_list, self.rollout.steps, self.rollout.shift, warp=a.warp_denoising_step)
+
+    # ------------------------------------------------------------ scores
+
+    def _script(self, step: Step) -> Script:
+        rows = torch.arange(len(step.films.cuts) * step.chunks, device=self.device).reshape(-1, step.chunks)
+        return Script(cuts_Bc=step.films.cuts, prompt_Bc=rows)
+
+    def _film(self, step: Step) -> Film:
+        """How scores see the film: as training does (`training.visibility`, `training.shot_offset`)."""
+        t, cuts = self.config.training, step.films.cuts
+        position = frame_positions(cuts, self.config.chunk_frames, self.rollout.shot_offset if t.shot_offset else 0.0)
+        visible = committed = None
+        if t.visibility == "window":
+            visible = visible_tensor(cuts, self.rollout.policy)
+            committed = visible_tensor(cuts, self.rollout.policy, commit=True) if self.rollout.recache else None
+        prompt = self._script(step).prompt_Bc
+        return Film(prompt, position.to(self.device, non_blocking=True), visible, committed, self.rollout.t_scale, self.rollout.relative)
+
+    def _known_BF(self, step: Step) -> torch.Tensor:
+        known = torch.zeros(len(step.films.cuts), step.chunks * self.config.chunk_frames, dtype=torch.bool, device=self.device)
+        if step.films.first_B1CHW is not None:
+            known[:, 0] = True
+        return known
+
+    def _noised(self, step: Step, x: torch.Tensor) -> Noised:
+        """The film at drawn levels. Given frames stay clean, at level 0, and do not count; nor do chunks that give the student no gradient."""
+        a, f, x = self.config.algorithm, self.config.chunk_frames, x.detach()
+        student = step.draw.player == self.roles[0].name
+        bounds = step.exits.bounds(self.schedule, self.rollout.shift)
+        low = bounds[1] if a.ts_schedule and bounds else a.min_score_timestep
+        high = bounds[0] if a.ts_schedule_max and bounds else 1000
+        voices = (self.cast.teacher, self.cast.critic) if student else (self.cast.critic,)
+        apart = step.films.first_B1CHW is not None or all(voice.mask == "teacher_forced" for voice in voices)
+        raw = draw_timesteps(len(x), step.chunks, step.draw.generator, low=low, high=high, per_chunk=apart)
+        known = self._known_BF(step)
+        sigma_BF = (score_timesteps(raw, self.rollout.shift) / 1000).repeat_interleave(f, 1).masked_fill(known, 0.0)
+        noise = torch.randn(x.shape, generator=step.draw.generator, device=self.device)
+        noisy = add_noise(x, noise, sigma_BF.to(x.dtype))
+        mask = known.logical_not().float()
+        if student:
+            mask[:, : step.exits.first_with_gradients * f] = 0
+        return Noised(x, noisy, noise, sigma_BF, mask)
+
+    def _clean(self, voice: Voice, step: Step, film: Film, noised: Noised, guidance: float) -> torch.Tensor:
+        """What a role thinks the clean film is; prompted and unprompted in one forward where there is guidance."""
+        dit, words, batch = voice.speak(), step.films.words, len(noised.x_BFCHW)
+        given = (noised.noisy_BFCHW, noised.sigma_BF, noised.x_BFCHW)
+        if guidance:
+            film = _twice(film, len(words.raw_RMt))
+            empty = self.films.text.rows([self.config.inference.negative_prompt])
+            words = Words(*(torch.cat(parts) for parts in zip(words, empty)))
+            given = tuple(part.repeat(2, *[1] * (part.dim() - 1)) for part in given)
+        velocity = score(dit, self._text(dit, words), film, voice.mask, *given)
+        clean = x0_from_velocity(given[0], velocity, given[1])
+        return guided(clean[:batch], clean[batch:], guidance) if guidance else clean
+
+    # ------------------------------------------------------------ what is kept and written
+
+    def state(self) -> dict:
+        return {"films": self.films.state()}
+
+    def restore(self, state: dict) -> None:
+        self.films.restore(state["films"])
+
+    def evaluate(self, step: int, ema: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Films of the student in its few steps, and their scores. Every rank must call it; only for a task with a `logdir` and `evaluation.interval`."""
+        student = self.cast.student
+        if student.adapter is None:
+            return self.evaluator.run(self.module, ema, step)
+        raw = Merged(self.module, student.adapter, AdapterView(self.module, student.adapter).state_dict())
+        return self.evaluator.run(self.module, Merged(self.module, student.adapter, ema) if ema else {}, step, raw=raw)
+
+    def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
+        """The student: its LoRA, with the critic's, or its weights."""
+        metadata = {"trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed), "steps": str(self.schedule.steps)}
+        if self.cast.student.adapter is None:
+            save_generator(folder, dict(self.module.named_parameters()), ema, metadata)
+        else:
+            save_adapters(folder, self.cast, ema, metadata)
+
+    def finish(self, folder: Path) -> dict[str, float]:
+        return {}
+
+
+def _twice(film: Film, empty_row: int) -> Film:
+    """The films, and the same films with the text row `empty_row` throughout."""
+
+    def double(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else torch.cat((tensor, tensor))
+
+    prompt = torch.cat((film.prompt_Bc, torch.full_like(film.prompt_Bc, empty_row)))
+    return Film(prompt, double(film.position_BF), double(film.visible_BcP), double(film.committed_BcP), film.t_scale, film.relative)
