@@ -38,6 +38,11 @@ INERT = {
     "adapter.dtype": "LoRA weights follow the precision of the model",
 }
 
+# documented schema keys that have no effect here -> why. Reported once where they are given.
+WITHOUT_EFFECT = {
+    "infra.text_encoder_fsdp_wrap_strategy": "the text encoder is frozen and whole on every rank; infra.text_encoder_cpu_offload frees its memory",
+}
+
 # schema keys that nothing reads in some setting: key -> (setting as text, why)
 INERT_IN_ROLLOUTS = {
     "algorithm.denoising_step_list": "rollouts use the solver's own grid of inference.sampling_steps",

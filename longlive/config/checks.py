@@ -113,6 +113,11 @@ def _training(c: Config) -> str | None:
         return f"min_num_training_frames({t.min_num_training_frames}) > num_training_frames({t.num_training_frames}); swap them"
     if not t.max_iters and not t.max_seconds:
         return "training.max_iters(0) and training.max_seconds(0.0): the run would never end; set one of them"
+    if c.algorithm.noise_augmentation_max_timestep and t.context_noise:
+        both = f"algorithm.noise_augmentation_max_timestep({c.algorithm.noise_augmentation_max_timestep}) and training.context_noise({t.context_noise})"
+        return f"{both} both put noise on the clean history; set one of them to 0"
+    if t.position_gap and t.visibility == "window" and c.inference.use_relative_rope:
+        return f"training.position_gap({t.position_gap}) has no meaning for positions inside the window (inference.use_relative_rope); set one of them to 0"
     if c.world.min_shots > c.world.max_shots:
         return f"world.min_shots({c.world.min_shots}) > world.max_shots({c.world.max_shots}); swap them"
     if c.data.min_latent_frames % n:

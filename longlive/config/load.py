@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ..core.errors import ConfigError, nearest
 from ..core.log import warn_once
-from .aliases import INERT, INERT_IN_ROLLOUTS
+from .aliases import INERT, INERT_IN_ROLLOUTS, WITHOUT_EFFECT
 from .checks import check
 from .keys import home_of, schema_keys, section_names
 from .presets import RELEASED, SHAPES
@@ -209,7 +209,7 @@ def _first_problem(error: ValidationError, layered: Given, label: str) -> str:
 
 
 def _report_inert(config: Config, given: Given) -> None:
-    if config.algorithm.trainer == "score_distillation" and config.algorithm.backward_simulation:
-        for key, reason in INERT_IN_ROLLOUTS.items():
-            if key in given:
-                warn_once(f"{given[key][1]}: {key} is ignored: {reason}")
+    rollouts = config.algorithm.trainer == "score_distillation" and config.algorithm.backward_simulation
+    for key, reason in (WITHOUT_EFFECT | (INERT_IN_ROLLOUTS if rollouts else {})).items():
+        if key in given:
+            warn_once(f"{given[key][1]}: {key} is ignored: {reason}")

@@ -18,11 +18,9 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from ..cache.attend import visible_tensor
 from ..config.root import Config
 from ..core.log import logger
 from ..diffusion.flow import TrainTable, train_table
-from ..engine.pipeline import rollout_settings
 from ..models.spec import ModelSpec, model_spec
 from ..models.wan_dit import WanDiT
 from ..ops.merged_attention import part_kernel
@@ -41,6 +39,7 @@ from .sharded import film_layout
 from .start import starting_generator
 from .teacher_forcing import Film, draw_gaps, frame_positions
 from .trainer import Draw
+from .view import training_view, visible_chunks
 
 QUARTERS = ("loss_0", "loss_1", "loss_2", "loss_3")
 
@@ -67,7 +66,7 @@ class DiffusionTask:
     def __init__(self, config: Config, device: torch.device, mesh: Mesh, logdir: Path | None = None):
         spec = model_spec(config.model_kwargs.model_name)
         self.config, self.settings, self.device, self.mesh = config, config.training, device, mesh
-        self.rollout = rollout_settings(config)  # the window and positions that generation will use, which training imitates
+        self.rollout = training_view(config)
         table = train_table(config.model_kwargs.timestep_shift)
         weights = table.weights.clamp(min=config.training.min_loss_weight)
         self.table = TrainTable(table.sigmas.to(device), table.timesteps.to(device), weights.to(device))
@@ -97,9 +96,9 @@ class DiffusionTask:
         """The estimate for this process. Attention over the whole history at absolute positions can be kept where a kernel of the card reads it."""
         parts, parameters = self.clips.frozen_parts(), sum(p.numel() for p in module.parameters())
         sample = torch.empty(0, 0, 1, module.dims.head_dim, dtype=torch.bfloat16 if self.mixed else torch.float32, device=self.device)
-        keeps = part_kernel(sample) is not None and self.settings.visibility == "all" and not self.rollout.relative
+        keeps = part_kernel(sample) is not None and self.settings.visibility == "all"
         if not keeps and self.config.infra.keep_attention not in ("auto", 0):
-            logger.warning("infra.keep_attention does nothing here: it needs a GPU in bfloat16, training.visibility: all, and absolute positions")
+            logger.warning("infra.keep_attention does nothing here: it needs a GPU in bfloat16 and training.visibility: all")
         return training_memory(
             self.config, module.dims, parameters, None if parts.codec is None else parts.codec.vae.dims,
             umt5=parts.umt5, frames=self.clips.frames, world=self.mesh.size, mixed=self.mixed, card=device_memory(self.device) if keeps else None,
@@ -154,17 +153,14 @@ class DiffusionTask:
         s, rollout, chunk_frames = self.settings, self.rollout, self.config.chunk_frames
         batch, chunks = len(clips.cuts), len(clips.cuts[0])
         gaps = [[0] * chunks for _ in clips.cuts]
-        if s.position_gap and not rollout.relative:
+        if s.position_gap:
             pin = rollout.policy.pin
             for b, u in enumerate(torch.rand(batch, generator=draw.host).tolist()):
                 if u < s.position_gap_prob:
                     gaps[b] = draw_gaps(clips.cuts[b], s.position_gap, chunk_frames, pin, draw.host)
         offset = rollout.shot_offset if s.shot_offset else 0.0
         position = frame_positions(clips.cuts, chunk_frames, offset, gaps)
-        visible = committed = None
-        if s.visibility == "window":
-            visible = visible_tensor(clips.cuts, rollout.policy)
-            committed = visible_tensor(clips.cuts, rollout.policy, commit=True) if rollout.recache else None
+        visible, committed = visible_chunks(self.config, rollout, clips.cuts)
         prompt = torch.arange(batch * chunks).reshape(batch, chunks)
         mask = per_frame(torch.tensor(gaps) == 0, chunk_frames).float()
         film = Film(self._up(prompt), self._up(position), visible, committed, rollout.t_scale, rollout.relative)

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..cache.attend import visible_tensor
 from ..core.geometry import Geometry
 from ..data.encoding import encode_frames
 from ..data.open import open_manifest, sample_size, sampling_rules
 from ..data.sources import VideoSource
 from ..diffusion.flow import train_table
-from ..engine.pipeline import rollout_settings
 from ..models.codec import VideoCodec
 from ..models.text import TextEncoder
 from ..models.wan_dit import WanDiT
@@ -29,6 +27,7 @@ from ..world.story import sample_story
 from .objective import flow_target, frame_errors, know_first_frames
 from .teacher_forcing import Film, frame_positions, teacher_forced_velocity
 from .trainer import seed_of
+from .view import training_view, visible_chunks
 from .world_latents import encode_story
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class ValidationLoss:
     """`sums` of any part of the clips add up over ranks; `columns` makes numbers of the total."""
 
     def __init__(self, config: "Config", device: torch.device):
-        self.config, self.device, self.rollout = config, device, rollout_settings(config)
+        self.config, self.device, self.rollout = config, device, training_view(config)
         table = train_table(config.model_kwargs.timestep_shift)
         self.table = type(table)(table.sigmas, table.timesteps, table.weights.clamp(min=config.training.min_loss_weight))
         quarter = (table.sigmas * QUARTERS).long().clamp(0, QUARTERS - 1)
@@ -138,10 +137,7 @@ class ValidationLoss:
         """Seen and placed as in training, without gaps."""
         s, rollout, cuts = self.config.training, self.rollout, [clip.cuts]
         position = frame_positions(cuts, self.config.chunk_frames, rollout.shot_offset if s.shot_offset else 0.0)
-        visible = committed = None
-        if s.visibility == "window":
-            visible = visible_tensor(cuts, rollout.policy)
-            committed = visible_tensor(cuts, rollout.policy, commit=True) if rollout.recache else None
+        visible, committed = visible_chunks(self.config, rollout, cuts)
         prompt = torch.arange(len(clip.cuts))[None].to(self.device)
         return Film(prompt, position.to(self.device), visible, committed, rollout.t_scale, rollout.relative)
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from longlive.config import default_config, load_config
-from longlive.config.aliases import ALIASES, INERT
+from longlive.config.aliases import ALIASES, INERT, WITHOUT_EFFECT
 from longlive.config.keys import schema_keys, section_names
 from longlive.config.presets import RELEASED, SHAPES
 from longlive.config.show import config_yaml, schema_table
@@ -116,6 +116,7 @@ def test_bad_values_name_key_value_and_rule(tmp_path, text, parts):
 
 
 CHUNK8 = {"num_frame_per_block": 8}
+FORCED = {"teacher_forcing": True}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,11 @@ CHUNK8 = {"num_frame_per_block": 8}
         ({"independent_first_frame": True}, "i2v(False) != independent_first_frame(True)"),
         ({**CHUNK8, "sp_size": 3}, "sp_size(3) is none of"),
         ({"sp_size": 4}, "num_frame_per_block(1) % sp_size(4)"),
+        ({"noise_augmentation_max_timestep": 9, "training": {"context_noise": 0.1}}, "timestep(9) and training.context_noise(0.1) both put noise"),
+        (
+            {"position_gap": 64, "visibility": "window", "use_relative_rope": True, "local_attn_size": 3},
+            "position_gap(64) has no meaning for positions inside the window",
+        ),
         ({**CHUNK8, "infra": {"sequence_parallel_size": 5}}, "[1](128) % (sequence_parallel_size(5) x num_frame_per_block(8)) = 8"),
     ],
 )
@@ -151,12 +157,13 @@ def test_inert_keys_are_reported_once_with_a_reason(caplog):
     from longlive.core.log import warn_once
 
     warn_once.cache_clear()
-    source = {"inference": {"narrative_rope_phase_shift": 8}, "adapter": {"rank": 4, "dtype": "bf16"}}
+    source = {"inference": {"narrative_rope_phase_shift": 8}, "adapter": {"rank": 4, "dtype": "bf16"}, "text_encoder_fsdp_wrap_strategy": "size"}
     config = load_config(source)
     load_config(source)
     assert config.adapter.rank == 4
-    assert sorted(key for key in INERT if any(f"{key} is ignored: {INERT[key]}" in r.getMessage() for r in caplog.records)) == sorted(INERT)
-    assert len(caplog.records) == 2
+    for key, reason in (WITHOUT_EFFECT | INERT).items():
+        assert any(f"{key} is ignored: {reason}" in record.getMessage() for record in caplog.records), key
+    assert len(caplog.records) == 3
 
 
 def test_documented_defaults():
@@ -241,15 +248,20 @@ def test_what_is_not_available_says_so():
         ({"adapter": {}}, "train"),
         ({**CHUNK8, "sp_size": 2}, "generate"),
         ({"torch_compile": True}, "generate"),
-        ({"trainer": "score_distillation"}, "train"),
+        ({"trainer": "diffusion", "teacher_forcing": True, "adapter": {"rank": 4}}, "train"),
         ({"trainer": "vae", "training": {"error_recycling": {"enabled": True}}}, "train"),
         ({**CHUNK8, "trainer": "vae", "infra": {"sequence_parallel_size": 2}}, "train"),
+        ({**FORCED, "generator_quant": True}, "train"),
+        ({**FORCED, "torch_compile": True}, "train"),
+        ({**FORCED, "causal": False}, "train"),
+        ({**FORCED, "num_train_timestep": 500}, "train"),
+        ({"teacher_forcing": False}, "train"),
     ):
         with pytest.raises(NotAvailable, match="not available yet; "):
             availability(load_config(source), purpose)
     availability(load_config({"torch_compile": "auto"}), "generate")
     availability(default_config(), "generate")
-    availability(default_config(), "train")
+    availability(load_config(FORCED), "train")
 
 
 def test_a_short_shape_says_which_entry_is_missing():
