@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from . import nvfp4
 from .fp8 import RowFP8, to_e4m3
 from .nvfp4 import NVFP4
-from .triton_available import fused
+from .triton_available import fused_fp8
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -27,7 +27,7 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def quantised_activation(x: torch.Tensor, rule: str, amax: torch.Tensor | None = None) -> NVFP4:
     """`x` [B, M, K] in NVFP4 with an amax for each of B (`amax` float32 [B]: of a whole of which x is a part); no wait for the device, NaN stays NaN."""
-    if fused(x):
+    if fused_fp8(x):
         from .triton_fp4 import quantise_fused
 
         return quantise_fused(x, rule, amax=amax)
@@ -36,7 +36,7 @@ def quantised_activation(x: torch.Tensor, rule: str, amax: torch.Tensor | None =
 
 def products(t: NVFP4, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """[..., R, K]: code * scale, which `dtype` holds exactly."""
-    if fused(t.codes):
+    if fused_fp8(t.codes):
         from .triton_fp4 import unpack_fused
 
         return unpack_fused(t, torch.ones_like(t.amax), dtype)
@@ -45,7 +45,7 @@ def products(t: NVFP4, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def dequantised(w: NVFP4, dtype: torch.dtype) -> torch.Tensor:
     """`w.dequantise(dtype)`, in one pass on a GPU."""
-    if fused(w.codes):
+    if fused_fp8(w.codes):
         from .triton_fp4 import unpack_fused
 
         return unpack_fused(w, w.decode_scale, dtype)
@@ -54,7 +54,7 @@ def dequantised(w: NVFP4, dtype: torch.dtype) -> torch.Tensor:
 
 def as_rows(w: NVFP4, scales: torch.Tensor) -> RowFP8:
     """Weights [N, K] as FP8 with the row scales [N, 1] that `quant_matmul.repack_fp8` found: the same codes, without looking for the largest again."""
-    if fused(w.codes):
+    if fused_fp8(w.codes):
         from .triton_fp4 import rows_fused
 
         return rows_fused(w, scales)

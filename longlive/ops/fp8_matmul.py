@@ -18,9 +18,9 @@ MULTIPLE = 16  # K and N of the tensor cores' product
 
 def quantised_rows(x: torch.Tensor) -> RowFP8:
     """`quantise_rows` without a wait for the device: a row with infinity or NaN becomes NaN. One pass on a GPU with Triton."""
-    from .triton_available import fused
+    from .triton_available import fused_fp8
 
-    if fused(x):
+    if fused_fp8(x):
         from .triton_rows import quantise_rows_fused
 
         return quantise_rows_fused(x)

@@ -14,7 +14,7 @@ import torch
 
 from .kv_formats import QuantisedPage, dequantise_page, quantise_page
 from .rope import apply_rope
-from .triton_available import fused
+from .triton_available import fused_fp8
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 Given = tuple[torch.Tensor, torch.Tensor]
@@ -23,7 +23,7 @@ Given = tuple[torch.Tensor, torch.Tensor]
 @torch.no_grad()
 def write_page(x_BLHd: torch.Tensor, store: QuantisedPage, slot_B: torch.Tensor) -> None:
     """Quantises `x` into each sample's slot. A page with infinity or NaN becomes NaN where it had one, and nothing waits for the device."""
-    if fused(x_BLHd):
+    if fused_fp8(x_BLHd) and _fits(x_BLHd):
         from .triton_kv import write_page_fused
 
         return write_page_fused(x_BLHd, store, slot_B)
@@ -39,7 +39,7 @@ def read_pages(store: QuantisedPage, filled: int, rope: Tables | None, out_BPLHd
 
     `given`: (slot of each sample, x [B, L, H, d]): pages that are at hand in full and are read from there, the last one first; slot -1 is none.
     """
-    if fused(out_BPLHd):
+    if fused_fp8(out_BPLHd) and _fits(out_BPLHd):
         from .triton_kv import read_pages_fused
 
         return read_pages_fused(store, filled, rope, out_BPLHd, given)
@@ -50,3 +50,8 @@ def read_pages(store: QuantisedPage, filled: int, rope: Tables | None, out_BPLHd
         if rope is not None:
             page = apply_rope(page, *(t.unflatten(1, (filled, -1))[:, slot] for t in rope))
         out_BPLHd[:, slot] = page.to(out_BPLHd.dtype)
+
+
+def _fits(x: torch.Tensor) -> bool:
+    """Whether the fused kernels take heads of this size: powers of two, whole groups."""
+    return x.shape[-1] >= 16 and x.shape[-1] & (x.shape[-1] - 1) == 0

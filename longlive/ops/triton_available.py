@@ -16,3 +16,13 @@ def _installed() -> bool:
 def fused(x: torch.Tensor) -> bool:
     """Whether operations on `x` have a fused kernel here: a GPU, and Triton installed."""
     return x.is_cuda and _installed()
+
+
+@cache
+def _computes_e4m3(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fused_fp8(x: torch.Tensor) -> bool:
+    """The same for kernels that convert to or from E4M3, which cards before Ada cannot."""
+    return fused(x) and _computes_e4m3(x.device)

@@ -1,0 +1,205 @@
+"""NVFP4 in one pass: quantising activations, and packed weights as dense or FP8 matrices.
+
+Quantising follows `nvfp4.quantise` operation by operation (divisions correctly rounded, no fused multiply-adds, sums over a group in order), so that
+codes and scales are the same bits. A program of the quantiser holds some rows and their groups; it reads a group's 16 values one by one, which
+keeps the order of sums and makes packing a matter of two neighbours.
+
+Legend: R rows, K values of a row (a multiple of 16), G groups of 16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .fp8 import RowFP8
+from .nvfp4 import GROUP, NVFP4, RULES
+
+MEASURES = {None: 0, "mse": 1, "mae": 2, "abs_max": 3}
+
+
+@triton.jit
+def e2m1(y):
+    """Codes (int32) of the nearest numbers, ties to the even code; the sign of what rounds to zero stays."""
+    m = tl.abs(y)
+    code = (m > 0.25).to(tl.int32) + (m >= 0.75).to(tl.int32) + (m > 1.25).to(tl.int32) + (m >= 1.75).to(tl.int32)
+    code += (m > 2.5).to(tl.int32) + (m >= 3.5).to(tl.int32) + (m > 5.0).to(tl.int32)
+    return code | ((y < 0.0).to(tl.int32) << 3)
+
+
+@triton.jit
+def e2m1_value(code):
+    """float32 of codes 0..15 (int32)."""
+    m = code & 7
+    big = ((2 + (m & 1)) << tl.maximum((m >> 1) - 1, 0)).to(tl.float32) * 0.5
+    return tl.where(m < 2, m.to(tl.float32) * 0.5, big) * tl.where((code & 8) != 0, -1.0, 1.0)  # a product: the sign of zero stays
+
+
+@triton.jit
+def e4m3_value(bits):
+    return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def to_e4m3(x):
+    """(E4M3 bits as int32, their value) of x >= 0, saturating at 448."""
+    narrow = tl.minimum(x, 448.0).to(tl.float8e4nv)
+    return narrow.to(tl.uint8, bitcast=True).to(tl.int32), narrow.to(tl.float32)
+
+
+@triton.jit
+def candidate(largest, scale, factor, E: tl.constexpr):
+    """(E4M3 bits, value, factor on the data) of groups with the largest magnitude `largest`."""
+    bits, value = to_e4m3(tl.div_rn(largest, E) * scale * factor)
+    inverse = tl.minimum(tl.div_rn(1.0, value * tl.div_rn(1.0, scale)), 3.4028234663852886e38)
+    return bits, value, tl.where(value == 0.0, 0.0, tl.where(scale == 0.0, 0.0, inverse))
+
+
+@triton.jit
+def error_term(x, inverse, value, amax, PRODUCT: tl.constexpr, MEASURE: tl.constexpr):
+    kept = tl.div_rn(e2m1_value(e2m1(x * inverse)) * value * amax, PRODUCT)
+    apart = kept - x
+    if MEASURE == 1:
+        term = apart * apart
+    else:
+        term = tl.abs(apart)
+    return term
+
+
+@triton.jit
+def joined(total, term, MEASURE: tl.constexpr):
+    if MEASURE == 3:
+        total = tl.maximum(total, term)
+    else:
+        total = total + term
+    return total
+
+
+@triton.jit
+def finite(x):
+    return tl.abs(x) <= 3.4028234663852886e38
+
+
+@triton.jit
+def value_at(x, at, i: tl.constexpr, mean, at_mean, MEAN: tl.constexpr, inside):
+    """Value i of every group, float32, less the mean of its feature where MEAN; what is not finite stays so."""
+    v = tl.load(x + at + i, mask=inside, other=0.0).to(tl.float32)
+    if MEAN:
+        v = v - tl.load(mean + at_mean + i, mask=inside, other=0.0)
+    return v
+
+
+@triton.jit
+def store_groups(
+    x, at, mean, at_mean, inside, amax, codes, at_codes, scales, at_scales, E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, MEAN: tl.constexpr
+):
+    """Quantises the groups of 16 that begin at `x + at`, with the amax of their tensor, and stores their 8 bytes and their scale.
+
+    With MEAN, `mean + at_mean` is where the features of each group begin in a row that is subtracted first.
+    """
+    PRODUCT: tl.constexpr = E * M
+    scale = tl.where(amax * (3.4028234663852886e38 / PRODUCT) > 1.0, tl.div_rn(amax * 0.0 + PRODUCT, amax), 0.0)
+    largest = tl.zeros_like(at).to(tl.float32)
+    fine = inside
+    for i in tl.static_range(16):
+        v = value_at(x, at, i, mean, at_mean, MEAN, inside)
+        fine = fine & finite(v)
+        largest = tl.maximum(largest, tl.abs(v))
+    largest = tl.where(fine, largest, 0.0)
+    bits, value, inverse = candidate(largest, scale, 1.0, E)
+    if MEASURE > 0:
+        bits_4, value_4, inverse_4 = candidate(largest, scale, 1.5, E)
+        six, four = tl.zeros_like(largest), tl.zeros_like(largest)
+        for i in tl.static_range(16):
+            v = tl.where(fine, value_at(x, at, i, mean, at_mean, MEAN, inside), 0.0)
+            six = joined(six, error_term(v, inverse, value, amax, PRODUCT, MEASURE), MEASURE)
+            four = joined(four, error_term(v, inverse_4, value_4, amax, PRODUCT, MEASURE), MEASURE)
+        better = four < six
+        bits, inverse = tl.where(better, bits_4, bits), tl.where(better, inverse_4, inverse)
+    for i in tl.static_range(8):
+        low = tl.where(fine, value_at(x, at, 2 * i, mean, at_mean, MEAN, inside), 0.0)
+        high = tl.where(fine, value_at(x, at, 2 * i + 1, mean, at_mean, MEAN, inside), 0.0)
+        byte = e2m1(low * inverse) | (e2m1(high * inverse) << 4)
+        tl.store(codes + at_codes + i, byte.to(tl.uint8), mask=inside)
+    tl.store(scales + at_scales, tl.where(fine, bits, 0x7F).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def fused_largest(x, amax, count, BLOCK: tl.constexpr):
+    """Largest finite |x| of each of B tensors of `count` values, by atomic maxima over the bits of numbers that are not negative."""
+    b = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + b * count + at, mask=at < count, other=0.0).to(tl.float32)
+    largest = tl.max(tl.where(finite(v), tl.abs(v), 0.0), 0)
+    tl.atomic_max(amax + b, largest.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def fused_quantise(x, amax, codes, scales, groups, E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr):
+    """B tensors of `groups` groups each, one behind another."""
+    b = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = group < groups
+    at = b * groups + group
+    store_groups(x, at * 16, x, at, inside, tl.load(amax + b), codes, at * 8, scales, at, E, M, MEASURE, False)
+
+
+@triton.jit
+def fused_unpack(codes, scales, factor, row_scales, out, row_groups, tensor_groups, groups, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(code * scale) * factor[tensor]; with ROWS divided by the row's scale and stored as E4M3 bits."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = group < groups
+    byte = tl.load(codes + group[:, None] * 8 + tl.arange(0, 8)[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    value = tl.reshape(tl.join(e2m1_value(byte & 15), e2m1_value(byte >> 4)), (BLOCK, 16))
+    scale = e4m3_value(tl.load(scales + group, mask=inside, other=0))
+    value = value * scale[:, None] * tl.load(factor + group // tensor_groups, mask=inside, other=0.0)[:, None]
+    at = group[:, None] * 16 + tl.arange(0, 16)[None, :]
+    if ROWS:
+        value = tl.div_rn(value, tl.load(row_scales + group // row_groups, mask=inside, other=1.0)[:, None])
+        narrow = tl.minimum(tl.maximum(value, -448.0), 448.0).to(tl.float8e4nv)
+        tl.store(out + at, narrow.to(tl.uint8, bitcast=True), mask=inside[:, None])
+    else:
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+def quantise_fused(x: torch.Tensor, rule: str, *, amax: torch.Tensor | None = None) -> NVFP4:
+    """`nvfp4.quantise(x, rule, amax=amax, on_nonfinite="nan")` for x [B, R, K] on a GPU, K a multiple of 16."""
+    x = x.contiguous()
+    batch, rows, columns = x.shape
+    if amax is None:
+        bits = torch.zeros(batch, dtype=torch.int32, device=x.device)
+        fused_largest[(triton.cdiv(rows * columns, 8192), batch)](x, bits, rows * columns, BLOCK=8192, num_warps=8)
+        amax = bits.view(torch.float32)
+    else:
+        amax = amax.to(torch.float32).contiguous()
+    codes = torch.empty(batch, rows, columns // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(batch, rows, columns // GROUP, dtype=torch.uint8, device=x.device)
+    groups, how = rows * columns // GROUP, RULES[rule]
+    fused_quantise[(triton.cdiv(groups, 128), batch)](
+        x, amax, codes, scales, groups, E=how.code, M=how.scale, MEASURE=MEASURES[how.error], BLOCK=128, num_warps=4, enable_fp_fusion=False
+    )
+    return NVFP4(codes, scales, amax, rule, 1, tuple(x.shape), x.dtype)
+
+
+def unpack_fused(t: NVFP4, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(code * scale) * factor [...] in float32, rounded to `dtype`: [..., R, K]."""
+    out = torch.empty(t.shape, dtype=dtype, device=t.codes.device)
+    _unpack(t, factor, factor, out, False)
+    return out
+
+
+def rows_fused(w: NVFP4, scales: torch.Tensor) -> RowFP8:
+    """The weights [N, K] as E4M3 codes under the row scales [N, 1]."""
+    out = torch.empty(w.shape, dtype=torch.uint8, device=w.codes.device)
+    _unpack(w, w.decode_scale, scales, out, True)
+    return RowFP8(out, scales, w.dtype)
+
+
+def _unpack(t: NVFP4, factor: torch.Tensor, row_scales: torch.Tensor, out: torch.Tensor, rows: bool) -> None:
+    *_, count, columns = t.shape
+    row_groups, groups = columns // GROUP, out.numel() // GROUP
+    fused_unpack[(triton.cdiv(groups, 256),)](
+        t.codes.contiguous(), t.linear().scales.contiguous(), factor.contiguous(), row_scales.contiguous(), out, row_groups, count * row_groups, groups,
+        ROWS=rows, BLOCK=256, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""Fused quantisers give the bits of their torch references, and products on tensor cores the numbers of theirs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longlive.core.errors import ConfigError
+from longlive.ops import fp4_matmul, nvfp4
+from longlive.ops.fp8 import quantise_rows
+from longlive.ops.fp8_matmul import fp8_product, quantised_rows
+from longlive.ops.kv_formats import FORMATS, dequantise_page, quantise_page
+from longlive.ops.kv_reading import read_pages, write_page
+from longlive.ops.quant_matmul import repack_fp8, w4a4, w8a8
+from longlive.precision.backends import BACKENDS, choose
+from longlive.precision.capability import FP4_FAMILIES, FP8_FAMILIES, probe
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+FP8 = torch.cuda.is_available() and probe("cuda").family in FP8_FAMILIES
+needs_fp8 = pytest.mark.skipif(not FP8, reason="needs FP8 tensor cores")
+
+
+def data(*shape, seed=0, spread=2.0, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, device="cuda")
+    return (x * torch.exp(spread * torch.randn(*shape[:-1], 1, generator=generator, device="cuda"))).to(dtype)
+
+
+@needs_fp8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [48, 3072, 14336])
+def test_rows(width, dtype):
+    x = data(3, 40, width, dtype=dtype)
+    x[0, 1] = 0
+    assert quantised_rows(x) == quantise_rows(x)
+    x[1, 2, 5] = torch.inf
+    mine, theirs = quantised_rows(x), quantise_rows(x, on_nonfinite="nan")
+    assert torch.equal(mine.codes, theirs.codes) and torch.equal(mine.scales.isnan(), theirs.scales.isnan())
+
+
+@needs_fp8
+def test_gelu_rows():
+    from longlive.ops.triton_rows import gelu_rows_fused
+
+    x = data(2, 200, 14336, spread=0.5)
+    mine, theirs = gelu_rows_fused(x), quantise_rows(F.gelu(x, approximate="tanh"))
+    assert (mine.codes != theirs.codes).float().mean() < 0.01
+    assert (mine.dequantise(torch.float32) - theirs.dequantise(torch.float32)).norm() < 2e-3 * theirs.dequantise(torch.float32).norm()
+
+
+@needs_fp8
+@pytest.mark.parametrize("rule", list(nvfp4.RULES))
+@pytest.mark.parametrize("spread", [0.0, 6.0])
+def test_nvfp4_quantiser(rule, spread):
+    x = data(2, 333, 3072, spread=spread)
+    x[0, 3] = 0
+    right = nvfp4.quantise(x, rule)
+    assert fp4_matmul.quantised_activation(x, rule) == right
+    half = fp4_matmul.quantised_activation(x[:, 100:200].contiguous(), rule, right.amax)
+    assert torch.equal(half.codes, right.codes[:, 100:200])
+    x[1, 7, 9] = torch.nan
+    mine, theirs = fp4_matmul.quantised_activation(x, rule), nvfp4.quantise(x, rule, on_nonfinite="nan")
+    assert torch.equal(mine.codes, theirs.codes) and torch.equal(mine.scales, theirs.scales) and torch.equal(mine.amax, theirs.amax)
+
+
+@needs_fp8
+@pytest.mark.parametrize("rule", ["mse", "static_6"])
+def test_packed_weights_as_matrices(rule):
+    w = nvfp4.quantise(data(512, 3072, spread=1.0), rule)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(fp4_matmul.dequantised(w, dtype), w.dequantise(dtype))
+        assert torch.equal(fp4_matmul.products(w, dtype), w.products().to(dtype))
+    rows = repack_fp8(w)
+    assert torch.equal(fp4_matmul.as_rows(w, rows.scales).codes, rows.codes)
+
+
+def store_of(page, pages, batch):
+    shape = {name: torch.zeros(batch, pages, *t.shape[1:], dtype=t.dtype, device="cuda") for name, t in page.tensors().items()}
+    return replace(page, **shape)
+
+
+@needs_fp8
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens", [70, 7040])
+def test_pages(format, tokens):
+    """Written parts bit for bit; reads with and without rotation, with running and kept pages at hand."""
+    batch, pages, heads, d = 2, 3, 6, 128
+    x = data(batch, tokens, 3 * heads, d, spread=0.5).unflatten(2, (3, heads))[:, :, 1]
+    x = x + 3 * torch.randn(heads, d, device="cuda").bfloat16()
+    store = store_of(quantise_page(torch.zeros(1, tokens, heads, d), format), pages, batch)
+    slots = torch.tensor([2, 1], device="cuda")
+    write_page(x, store, slots)
+    right = quantise_page(x, format)
+    rows = torch.arange(batch, device="cuda")
+    for name, part in right.tensors().items():
+        assert torch.equal(store.tensors()[name][rows, slots], part), name
+    write_page(x + 1, store, torch.tensor([0, 0], device="cuda"))
+    write_page(x - 1, store, torch.tensor([1, 2], device="cuda"))
+    angle = torch.randn(batch, pages * tokens, d // 2, device="cuda")
+    given = [(torch.tensor([-1, 2], device="cuda"), x * 2), (torch.tensor([0, 1], device="cuda"), x)]
+    for rope in (None, (angle.cos(), angle.sin()), (angle[:1].cos(), angle[:1].sin())):
+        for at_hand in ([], given[:1], given):
+            for dtype in (torch.bfloat16, torch.float32):
+                out = torch.zeros(batch, pages + 1, tokens, heads, d, dtype=dtype, device="cuda")[:, :pages]
+                read_pages(store, pages, rope, out, at_hand)
+                slow = _slow_read(store, pages, rope, at_hand)
+                assert torch.equal(out, slow.to(dtype))
+
+
+def _slow_read(store, pages, rope, given):
+    out = []
+    for slot in range(pages):
+        page = dequantise_page(replace(store, **{name: part[:, slot] for name, part in store.tensors().items()}))
+        for slot_B, x in given:
+            page = torch.where((slot_B == slot)[:, None, None, None], x.float(), page)
+        if rope is not None:
+            cos, sin = (t.unflatten(1, (pages, -1))[:, slot].unsqueeze(2) for t in rope)
+            a, b = page.unflatten(-1, (-1, 2)).unbind(-1)
+            page = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+        out.append(page)
+    return torch.stack(out, dim=1)
+
+
+@needs_fp8
+def test_fp8_product():
+    x, w, bias = data(2, 300, 3072, spread=0.5), data(1024, 3072, spread=0.5), data(1024, 1, spread=0.0)[:, 0]
+    a, b = quantise_rows(x), quantise_rows(w)
+    mine, right = fp8_product(a, b, bias).float(), w8a8(a, b, bias, dtype=torch.float32, wide=torch.float64)
+    assert (mine - right).norm() < 5e-3 * right.norm()
+
+
+@pytest.mark.parametrize("rule", ["mse", "static_6"])
+def test_emulated_fp4_product(rule):
+    x, w = data(2, 300, 1024, spread=0.5), data(512, 1024, spread=0.5)
+    a, b = nvfp4.quantise(x, rule), nvfp4.quantise(w, rule)
+    mine, right = fp4_matmul.emulated(a, b, None, torch.float32), w4a4(a, b, dtype=torch.float32, wide=torch.float64)
+    torch.testing.assert_close(mine.double(), right.double(), rtol=1e-4, atol=1e-4 * right.abs().max().item())
+
+
+def test_native_fp4_is_computed_or_refused():
+    capability = probe("cuda")
+    if capability.family not in FP4_FAMILIES:
+        with pytest.raises(ConfigError, match="no FP4 tensor cores"):
+            choose("native", "model_quant_backend", tuple(BACKENDS), "w4a16", capability)
+        return
+    x, w, bias = data(1, 300, 1024, spread=0.5), data(512, 1024, spread=0.5), data(512, 1)[:, 0]
+    a, b = nvfp4.quantise(x, "mse"), nvfp4.quantise(w, "mse")
+    mine, twin = (f(a, b, bias, torch.bfloat16).float() for f in (fp4_matmul.native, fp4_matmul.emulated))
+    assert (mine - twin).norm() < 5e-3 * twin.norm()
