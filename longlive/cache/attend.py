@@ -17,7 +17,7 @@ import torch
 from ..core.errors import InputError
 from ..core.tokens import Tokens
 from ..ops.attention import attention
-from ..ops.heads import Heads, norm_rope_write
+from ..ops.heads import Heads, norm_rope_write, norm_rotate
 from ..ops.merged_attention import Read, film_attention, part_kernel
 from ..ops.rope import apply_rope, rope_tables
 from .pages import Pages
@@ -299,11 +299,15 @@ class Cached:
         return None if q is None else self._read(apply_rope(q, *self.rope), layer)
 
     def takes(self, heads: Heads) -> bool:
-        """Bare projections are taken where slots are dense and written in place: norm, rotation and the way into the slot are one pass."""
-        return type(self.pages) is Pages and not torch.is_grad_enabled()
+        """Bare projections are taken where slots are written in place: norm, rotation and (a dense store's) way into the slot are one pass."""
+        return type(self.pages) in (Pages, QuantisedPages) and not torch.is_grad_enabled()
 
     def attend(self, heads: Heads, layer: int) -> torch.Tensor | None:
         """As a call with the normalised heads."""
+        if isinstance(self.pages, QuantisedPages):
+            q, k, v = norm_rotate(heads, self.rope)
+            self.pages.write(layer, self.slot_B, k, v)
+            return None if q is None else self._read(q, layer)
         pages = self.pages.k[layer], self.pages.v[layer]
         q = norm_rope_write(heads, self.rope, self.slot_B, *pages, rotate_k=self.slot_rope is None)
         return None if q is None else self._read(q, layer)

@@ -81,8 +81,12 @@ class Projections(nn.Module):
 
 
 class SelfAttention(Projections):
+    def readers(self, keys_only: bool) -> tuple[nn.Module, ...]:
+        """The layers that read the input."""
+        return (self.k, self.v) if keys_only else (self.q, self.k, self.v)
+
     def forward(self, h_BND: torch.Tensor, attend: Attend, layer: int, keys_only: bool) -> torch.Tensor | None:
-        layers = (self.k, self.v) if keys_only else (self.q, self.k, self.v)
+        layers = self.readers(keys_only)
         q_BND, k_BND, v_BND = [None] * (3 - len(layers)) + joint_linear(h_BND, *layers)
         heads = Heads(q_BND, k_BND, v_BND, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps, self.head_dim)
         read = attend_heads(attend, heads, layer)
@@ -107,9 +111,9 @@ class Norm3(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
         self.eps = eps
 
-    def forward(self, x_BND: torch.Tensor, y_BND: torch.Tensor, gate_BGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + gate * y, its norm)"""
-        return add_norm(x_BND, y_BND, gate_BGD, self.weight, self.bias, self.eps)
+    def forward(self, x_BND: torch.Tensor, y_BND: torch.Tensor, gate_BGD: torch.Tensor, reader: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + gate * y, its norm as `reader` takes it)"""
+        return add_norm(x_BND, y_BND, gate_BGD, self.weight, self.bias, self.eps, (reader,))
 
 
 class FeedForward(nn.Sequential):
@@ -119,7 +123,7 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(dims.dim, dims.ffn), nn.GELU("tanh"), nn.Linear(dims.ffn, dims.dim))
 
     def forward(self, h_BND: torch.Tensor) -> torch.Tensor:
-        return self[2](linear_gelu(h_BND, self[0]))
+        return self[2](linear_gelu(h_BND, self[0], self[2]))
 
 
 class Block(nn.Module):
@@ -148,14 +152,14 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, KeysValues | None]:
         """The next x, and the text's keys and values (`kv`, or made here from `text_RMD`). `keys_only`: x is left as it is."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff = (self.modulation.unsqueeze(1) + level_BG6D).unbind(2)
-        read = self.self_attn(norm_modulate(x_BND, shift, scale, self.eps), attend, layer, keys_only)
+        read = self.self_attn(norm_modulate(x_BND, shift, scale, self.eps, self.self_attn.readers(keys_only)), attend, layer, keys_only)
         if keys_only:
             return x_BND, kv
         if kv is None:
             kv = self.cross_attn.keys_values(text_RMD)
-        x_BND, h_BND = self.norm3(x_BND, read, gate)
+        x_BND, h_BND = self.norm3(x_BND, read, gate, self.cross_attn.q)
         read = self.cross_attn(h_BND, prompt_BG, kv, bias_RM)
-        x_BND, h_BND = add_norm_modulate(x_BND, read, shift_ff, scale_ff, self.eps)
+        x_BND, h_BND = add_norm_modulate(x_BND, read, shift_ff, scale_ff, self.eps, (self.ffn[0],))
         return add_gated(x_BND, self.ffn(h_BND), gate_ff), kv
 
 

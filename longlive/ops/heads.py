@@ -58,6 +58,18 @@ def attend_heads(attend: Callable[..., torch.Tensor | None], heads: Heads, layer
     return attend(*heads.normalised(), layer)
 
 
+def norm_rotate(heads: Heads, tables: Tables) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """(rotated q or None, unrotated k, v) [B, N, H, d], normalised; what a store of unrotated keys takes. `tables` as in `norm_rope_write`."""
+    v_BNHd = heads.v_BND.unflatten(-1, (-1, heads.head_dim))
+    if fuses(heads.k_BND, heads.q_BND, heads.weight_q, heads.weight_k):
+        from .triton_heads import norm_heads
+
+        k = norm_heads(heads.k_BND, heads.weight_k, heads.eps, heads.head_dim, None)
+        return None if heads.q_BND is None else norm_heads(heads.q_BND, heads.weight_q, heads.eps, heads.head_dim, tables), k, v_BNHd
+    q, k, v = heads.normalised()
+    return None if q is None else apply_rope(q, *tables), k, v
+
+
 def writes_fused(heads: Heads, k_pages: torch.Tensor) -> bool:
     """Whether `norm_rope_write` has a kernel for these heads and pages."""
     return fuses(heads.k_BND, heads.q_BND, heads.v_BND, heads.weight_q, heads.weight_k) and k_pages.is_contiguous()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .inference import unrecorded
+from .intake import intake_of, prepared
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -33,7 +34,13 @@ def lay_side_by_side(layers: list[nn.Linear]) -> None:
 
 
 def joint_linear(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """The outputs of all `layers` for `x` [..., I]; one product where they are plain and lie side by side, then as views of its result."""
+    """The outputs of all `layers` for `x` [..., I]; one product where they are plain and lie side by side, then as views of its result.
+
+    Layers that take a form of their own get it made once (`intake`).
+    """
+    x = prepared(x, *layers)
+    if not isinstance(x, torch.Tensor):
+        return [layer(x) for layer in layers]
     if len(layers) == 1 or not all(map(is_plain, layers)) or not unrecorded(x, *(layer.weight for layer in layers)):
         return [layer(x) for layer in layers]
     weights, biases = (_block([getattr(layer, leaf).detach() for layer in layers]) for leaf in ("weight", "bias"))
@@ -54,8 +61,12 @@ def _block(parts: list[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def linear_gelu(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """GELU (its tanh form) of the layer's output; computed while the product is written, where the GPU's library does that."""
+def linear_gelu(x: torch.Tensor, layer: nn.Module, reader: nn.Module | None = None) -> torch.Tensor:
+    """GELU (its tanh form) of the layer's output, as `reader` takes it (`intake`); computed while the product is written, where the GPU's library does that."""
+    if not isinstance(x, torch.Tensor) or not is_plain(layer):
+        y = layer(x)
+        intake = None if reader is None else intake_of(y, reader)
+        return F.gelu(y, approximate="tanh") if intake is None else intake.of_gelu(y)
     half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
     if half and is_plain(layer) and layer.weight.dtype == x.dtype and hasattr(torch, "_addmm_activation") and unrecorded(x, layer.weight):
         flat = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)

@@ -11,11 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8 import RowFP8
+from .triton_rows import store_row
+
 
 @triton.jit
 def fused_residual_norm(
     x, y, out, normed, gate, scale, shift, tokens, group, gate_b, gate_g, mod_b, mod_g, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATE: tl.constexpr,
+    row_scales, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     sample, level = row // tokens, (row % tokens) // group
@@ -38,7 +41,11 @@ def fused_residual_norm(
         if MODULATE:
             factor += 1.0
         h = h * factor + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(normed + row * D + col, h.to(normed.dtype.element_ty), mask=inside)
+        if ROWS:
+            h = tl.where(inside, h, 0.0).to(out.dtype.element_ty).to(tl.float32)
+            store_row(h, inside, normed, row_scales, row, col, D)
+        else:
+            tl.store(normed + row * D + col, h.to(normed.dtype.element_ty), mask=inside)
 
 
 def residual_norm(
@@ -50,15 +57,17 @@ def residual_norm(
     eps: float,
     *,
     modulated: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(x + gate * y, its layer norm times scale plus shift).
+    rows: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | RowFP8 | None]:
+    """(x + gate * y, its layer norm times scale plus shift; with `rows` that is rounded to the dtype of x and then made FP8 rows).
 
     `modulated`: scale and shift are [B, G, D] and scale counts from 1; else they are [D]. Without `y_BND` the sum is x, without `scale` there is no norm.
     """
     x = x_BND.contiguous()
     B, N, D = x.shape
     out = x if y_BND is None else torch.empty_like(x)
-    normed = None if scale is None else torch.empty_like(x)
+    normed = None if scale is None else torch.empty_like(x, dtype=torch.uint8 if rows else None)
+    row_scales = torch.empty(B, N, 1, dtype=torch.float32, device=x.device) if rows else x
     groups = next((t.shape[1] for t in (gate_BGD, scale if modulated else None) if t is not None), 1)
     gate, (gate_b, gate_g) = _rows(gate_BGD)
     if modulated:
@@ -72,10 +81,10 @@ def residual_norm(
     fused_residual_norm[(B * N,)](
         x, x if y_BND is None else y_BND.contiguous(), out, out if normed is None else normed, x if gate is None else gate,
         x if scale is None else scale, x if shift is None else shift, N, N // groups, gate_b, gate_g, mod_b, mod_g, eps,
-        D=D, BLOCK=triton.next_power_of_2(D), ADD=y_BND is not None, GATE=gate is not None, NORM=normed is not None, MODULATE=modulated,
+        row_scales, D=D, BLOCK=triton.next_power_of_2(D), ADD=y_BND is not None, GATE=gate is not None, NORM=normed is not None, MODULATE=modulated, ROWS=rows,
         num_warps=8 if D > 1024 else 4,
     )  # fmt: skip
-    return out, normed
+    return out, RowFP8(normed, row_scales, x.dtype) if rows else normed
 
 
 def _rows(t_BGD: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, int]]:

@@ -17,6 +17,7 @@ from torch import nn
 from ..ops import fp4_matmul
 from ..ops.fp8 import RowFP8, quantise_rows
 from ..ops.fp8_matmul import fp8_product, quantised_rows
+from ..ops.intake import Groups, Intake, Rows
 from ..ops.nvfp4 import LINEAR, NVFP4, SWIZZLED
 from ..ops.packed import Packed, PackedTensor
 from ..ops.quant_matmul import repack_fp8
@@ -28,6 +29,7 @@ class QuantisedLinear(nn.Module):
     """y = x W^T + b with W quantised. `backend` is its name in `precision.backends`."""
 
     backend = ""
+    intake: Intake | None = None
 
     def __init__(self, weight: PackedTensor, bias: torch.Tensor | None):
         super().__init__()
@@ -73,7 +75,7 @@ class _Frozen(torch.autograd.Function):
 class Fp8Linear(QuantisedLinear):
     """FP8 weights (a scale for each output feature) and FP8 activations (a scale for each token)."""
 
-    backend = "fp8"
+    backend, intake = "fp8", Rows()
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Fp8Linear:
@@ -118,7 +120,7 @@ class W4A16Linear(Nvfp4Linear):
 class W4A8Linear(Nvfp4Linear):
     """Weights become FP8 rows for each product; their row scales are known from the start."""
 
-    backend = "w4a8"
+    backend, intake = "w4a8", Rows()
 
     def __init__(self, weight: NVFP4, bias: torch.Tensor | None):
         super().__init__(weight, bias)
@@ -137,17 +139,17 @@ class W4A4Linear(Nvfp4Linear):
         self.activation_rule = activation_rule
         self.share: Reduce | None = None
 
-    def activation(self, x: torch.Tensor) -> NVFP4:
-        """`x` [B, M, K] quantised."""
-        amax = None if self.share is None else self.share(x.detach().abs().amax((1, 2)).to(torch.float32))
-        return fp4_matmul.quantised_activation(x, self.activation_rule, amax)
+    @property
+    def intake(self) -> Groups:
+        return Groups(self.activation_rule, self.share)
 
     def multiply(self, a: NVFP4, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        batched = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x.reshape(1, -1, x.shape[-1])
-        return self.multiply(self.activation(batched), x.dtype).reshape(*x.shape[:-1], self.out_features)
+    def product(self, x: torch.Tensor | NVFP4) -> torch.Tensor:
+        if isinstance(x, NVFP4):
+            return self.multiply(x, x.dtype)
+        return self.multiply(self.intake.of(x), x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
 class EmulatedLinear(W4A4Linear):

@@ -148,3 +148,20 @@ def test_native_fp4_is_computed_or_refused():
     a, b = nvfp4.quantise(x, "mse"), nvfp4.quantise(w, "mse")
     mine, twin = (f(a, b, bias, torch.bfloat16).float() for f in (fp4_matmul.native, fp4_matmul.emulated))
     assert (mine - twin).norm() < 5e-3 * twin.norm()
+
+
+@needs_fp8
+@pytest.mark.parametrize("width", [3072, 256])
+def test_norms_write_rows(width):
+    """What the fused norms hand to FP8 layers is the rows of what they hand to others."""
+    from longlive.ops.triton_residual import residual_norm
+
+    x, y = data(2, 880, width, spread=0.3), data(2, 880, width, seed=1, spread=0.3)
+    shift, scale, gate = (data(2, 4, width, seed=s, spread=0.0) for s in (2, 3, 4))
+    for how in (
+        {"y_BND": None, "gate_BGD": None, "scale": scale, "shift": shift, "modulated": True},
+        {"y_BND": y, "gate_BGD": None, "scale": scale, "shift": shift, "modulated": True},
+        {"y_BND": y, "gate_BGD": gate, "scale": scale[0, 0], "shift": shift[0, 0], "modulated": False},
+    ):
+        (sum_rows, rows), (sum_plain, plain) = (residual_norm(x, eps=1e-6, rows=rows, **how) for rows in (True, False))
+        assert torch.equal(sum_rows, sum_plain) and rows == quantise_rows(plain)
