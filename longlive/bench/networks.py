@@ -23,7 +23,7 @@ from ..models.codec import VideoCodec, wan22_statistics
 from ..models.joint import join_projections
 from ..models.spec import ModelSpec, VAEDims, model_spec, vae_type
 from ..models.wan_dit import WanDiT
-from ..models.wan_vae import WanVAE
+from ..models.wan_vae import WanVAE, channels_last
 from ..models.weights import build_on_meta
 
 VAE_NAMES = {"lightvae_v1": "mg_lightvae", "lightvae_v2": "mg_lightvae_v2"}  # short names -> values of `vae_type`
@@ -164,7 +164,9 @@ def random_codec(dims: VAEDims, device: torch.device, dtype: torch.dtype, group:
     mean, std = wan22_statistics()
     if dims.z_dim != mean.shape[1]:
         mean, std = torch.zeros(1, dims.z_dim), torch.ones(1, dims.z_dim)
-    return VideoCodec(filled(decoder, device, dtype), mean, std, group=group)
+    vae = filled(decoder, device, dtype)
+    channels_last(vae)
+    return VideoCodec(vae, mean, std, group=group)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> tuple[object, float]:

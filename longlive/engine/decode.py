@@ -73,8 +73,8 @@ class Inline:
     def decode(self, z_BFCHW: torch.Tensor) -> torch.Tensor:
         """uint8 [B, T, H, W, 3] on the codec's device; advances the stream."""
         parts = []
-        for self.stream, pixels_BCTHW in self.codec.decode_groups(self.stream, z_BFCHW):
-            parts.append(self.codec.to_uint8(pixels_BCTHW))
+        for self.stream, frames_BTHWC in self.codec.byte_groups(self.stream, z_BFCHW):
+            parts.append(frames_BTHWC)
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def submit(self, z_BFCHW: torch.Tensor) -> None:

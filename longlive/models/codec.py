@@ -9,7 +9,7 @@ Pixels are [B,3,T,H,W] in [-1,1]; latents [B,F,C,H/16,W/16] float32. Normalisati
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.pixels import to_uint8
-from .wan_vae import VAEState, WanVAE
+from .spec import VAEDims
+from .wan_vae import PAST, VAEState, WanVAE
 
+INDEXABLE = 2**31 - 1
 WAN22_MEAN = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
     0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
@@ -47,8 +49,9 @@ class CodecState(NamedTuple):
 class VideoCodec:
     """A VAE with the statistics of its latents.
 
-    `mean_KC`, `std_KC` are [K, C] (a plain [C] counts as K = 1). `group` is the number of latent frames per decoder call (0 = all at once): small groups
-    stay in the cache of a CPU and bound the memory; the result does not depend on it. Groups are used only where gradients are off.
+    `mean_KC`, `std_KC` are [K, C] (a plain [C] counts as K = 1). `group` is the number of latent frames per decoder call: small groups stay in the cache of
+    a CPU and bound the memory; the result does not depend on it. 0 = all at once, on a GPU as many as its convolutions take in one piece
+    (`decoder_frames`). Groups are used only where gradients are off.
     """
 
     def __init__(self, vae: WanVAE, mean_KC: Tensor, std_KC: Tensor, *, group: int = 0):
@@ -101,7 +104,7 @@ class VideoCodec:
 
     def decode(self, z_BFCHW: Tensor) -> Tensor:
         """A whole film: normalised latents -> pixels [B,3,1+4(F-1),H,W], not clamped, in the VAE's dtype."""
-        if not self._grouped(z_BFCHW.shape[1]):
+        if self._step(z_BFCHW) >= z_BFCHW.shape[1]:
             return self.vae.decode(self._to_vae(z_BFCHW, True), keep=False)[0]
         return self.stream_decode(None, z_BFCHW)[1]
 
@@ -114,23 +117,47 @@ class VideoCodec:
 
     def decode_groups(self, state: CodecState | None, z_BFCHW: Tensor) -> Iterator[tuple[CodecState, Tensor]]:
         """Like `stream_decode`, handing out each group of latent frames as soon as it is decoded."""
+        return self._groups(self.vae.decode, state, z_BFCHW)
+
+    def byte_groups(self, state: CodecState | None, z_BFCHW: Tensor) -> Iterator[tuple[CodecState, Tensor]]:
+        """Like `decode_groups`, as uint8 [B,T,H,W,3]."""
+        return self._groups(self.vae.decode_bytes, state, z_BFCHW)
+
+    def _groups(self, decode: Callable, state: CodecState | None, z_BFCHW: Tensor) -> Iterator[tuple[CodecState, Tensor]]:
         frames = z_BFCHW.shape[1]
         if frames == 0:
             raise InputError("0 latent frames cannot be decoded; give at least one")
-        step = self.group if self._grouped(frames) else frames
+        step = self._step(z_BFCHW)
         for at in range(0, frames, step):
             z = z_BFCHW[:, at : at + step]
-            pixels, left = self.vae.decode(self._to_vae(z, state is None), None if state is None else state.vae)
+            pixels, left = decode(self._to_vae(z, state is None), None if state is None else state.vae)
             state = CodecState(left, (0 if state is None else state.latents) + z.shape[1])
             yield state, pixels
 
-    def _grouped(self, frames: int) -> bool:
-        return 0 < self.group < frames and not torch.is_grad_enabled()
+    def _step(self, z_BFCHW: Tensor) -> int:
+        """Latent frames per call of the decoder."""
+        B, frames, _, H, W = z_BFCHW.shape
+        if torch.is_grad_enabled():
+            return frames
+        if self.device.type == "cuda" and not self.group:
+            return min(frames, decoder_frames(self.vae.dims, B * H * W))
+        return min(frames, self.group) or frames
 
     def _to_vae(self, z_BFCHW: Tensor, start: bool) -> Tensor:
         return self.denormalise(z_BFCHW, start=start).to(self.dtype).transpose(1, 2)
 
     to_uint8 = staticmethod(to_uint8)  # [B,3,T,H,W] in [-1,1] -> uint8 [B,T,H,W,3]
+
+
+def decoder_frames(dims: VAEDims, latent_pixels: int) -> int:
+    """Most latent frames (at least 1) of `latent_pixels` whose decoding gives no convolution over time 2^31 values or more: beyond, GPUs index in 64 bits."""
+    widths = [dims.decoder_base * m for m in (dims.multipliers[-1], *dims.multipliers[::-1])]
+    most, time = INDEXABLE, 1
+    for stage, width in enumerate(widths[:-1]):
+        frame = width * latent_pixels * 4**stage
+        most = min(most, (INDEXABLE // frame - PAST) // time)
+        time *= 2 if stage < len(dims.temporal_down) and dims.temporal_down[::-1][stage] else 1
+    return max(1, most)
 
 
 def wan22_statistics() -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ..core.errors import CheckpointError
 from .codec import VideoCodec, wan22_statistics
 from .sizes import shapes_of, vae_dims
 from .spec import WAN22_VAE, VAEDims, vae_type
-from .wan_vae import WanVAE
+from .wan_vae import WanVAE, channels_last
 from .weights import StateFile, build_on_meta, load_into, native_state, read_state
 
 STATISTICS = ("latent_mean", "latent_std")
@@ -43,6 +43,8 @@ def read_vae(path: str | Path, asked: VAEDims = WAN22_VAE, *, device=None, dtype
     if not any(name.startswith(ENCODER_PARTS) for name in state.tensors):
         vae.drop_encoder()
     load_into(vae, state, kind="vae", device=device, dtype=dtype)
+    if vae.conv2.weight.is_cuda:
+        channels_last(vae)
     return vae, replace(state, tensors=extra)
 
 

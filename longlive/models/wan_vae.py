@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.geometry import TEMPORAL_STRIDE, latent_frames
+from ..ops.frames import (
+    PATCH, Beside, adds_bias, from_patches, interleave, norm_silu, paired, patches_to_bytes, plain_cpu, residual_add, rms, to_patches,
+)  # fmt: skip
 from .spec import VAEDims
 
-PATCH = 2
 PAST = 2
-PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 class VAEState(NamedTuple):
@@ -38,46 +39,18 @@ class VAEState(NamedTuple):
         return VAEState(tuple(cache.clone() for cache in self.caches))
 
 
-def norm_silu(x_BTHWC: Tensor, gamma: Tensor, past_BPHWC: Tensor | None = None) -> Tensor:
-    """SiLU(x / ||x|| * sqrt(C) * gamma) behind `past` in time: [B, P + T, H, W, C]. Statistics in float32 (spec §5.2)."""
-    with torch.autocast(x_BTHWC.device.type, enabled=False):
-        normed = rms(x_BTHWC, gamma)
-        if past_BPHWC is None:
-            return F.silu(normed)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.cat([past_BPHWC, F.silu(normed)], 1)
-        B, T, H, W, C = x_BTHWC.shape
-        out = x_BTHWC.new_empty(B, past_BPHWC.shape[1] + T, H, W, C)
-        out[:, :-T] = past_BPHWC
-        torch.ops.aten.silu.out(normed, out=out[:, -T:])
-        return out
-
-
-def rms(x: Tensor, gamma: Tensor) -> Tensor:
-    """x / max(||x||, ~1e-12) * sqrt(C) * gamma over the last dimension."""
-    channels = x.shape[-1]
-    if _plain_cpu(x) and x.dtype == torch.float32:  # fewer passes over memory than the composite rms_norm
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)
-        return (x * length.reciprocal_().mul_(channels**0.5)).mul_(gamma.flatten())
-    return F.rms_norm(x, (channels,), gamma.flatten().to(x.dtype), 1e-24 / channels)
-
-
-def _plain_cpu(x: Tensor) -> bool:
-    """Eager inference on a CPU, where in-place and library calls without a gradient are allowed."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 class WholeFrame:
     """Where the rows of a frame are: here, all of them. Other strategies (row tiles, row shards with halo) replace this object.
 
-    `pad` supplies the rows and columns outside the frame that a convolution reads; `gather` and `own` bracket work that needs whole frames.
+    `convolve` supplies the rows and columns outside the frame that a convolution reads and hands `options` on to its kernel; `gather` and `own` bracket
+    work that needs whole frames.
     """
 
-    def convolve(self, conv: "Conv", x_BTHWC: Tensor) -> Tensor:
+    def convolve(self, conv: "Conv", x_BTHWC: Tensor, **options) -> Tensor:
         top, bottom, left, right = conv.border
         if (top, left) != (bottom, right):
             x_BTHWC, top, left = F.pad(x_BTHWC, (0, 0, left, right, top, bottom)), 0, 0
-        return conv.kernel(x_BTHWC, (top, left))
+        return conv.kernel(x_BTHWC, (top, left), **options)
 
     def gather(self, x_BTHWC: Tensor) -> Tensor:
         return x_BTHWC
@@ -116,9 +89,11 @@ class Walk:
     def extend(self, x_BTHWC: Tensor) -> Tensor:
         return self.leave(torch.cat([self.past(x_BTHWC), x_BTHWC], 1))
 
-    def activate(self, x_BTHWC: Tensor, gamma: Tensor) -> Tensor:
-        """norm, SiLU and the past of a 3-frame convolution in one step."""
-        return self.leave(self.pointwise(x_BTHWC, gamma, self.past(x_BTHWC)))
+    def activate(self, x_BTHWC: Tensor, gamma: Tensor, bias: Tensor | None = None) -> Tensor:
+        """norm and SiLU of x + bias, and the past of a 3-frame convolution, in one step."""
+        if bias is None:
+            return self.leave(self.pointwise(x_BTHWC, gamma, self.past(x_BTHWC)))
+        return self.leave(self.pointwise(x_BTHWC, gamma, self.past(x_BTHWC), bias))
 
     def state(self) -> VAEState | None:
         return None if self._left is None else VAEState(tuple(self._left))
@@ -149,17 +124,26 @@ class Conv(nn.Module):
     def forward(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
         return walk.spatial.convolve(self, x_BTHWC)
 
-    def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int]) -> Tensor:
+    def apart(self, x_BTHWC: Tensor, walk: Walk) -> tuple[Tensor, Tensor | None]:
+        """(the convolution without its bias, the bias) where the next step adds it for nothing; (the convolution, None) elsewhere."""
+        if not adds_bias(x_BTHWC, self.weight):
+            return self(x_BTHWC, walk), None
+        return walk.spatial.convolve(self, x_BTHWC, bias=False), self.bias
+
+    def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int], *, bias: bool = True) -> Tensor:
         """The bare convolution with symmetric zero padding `pad` = (rows, columns)."""
+        added = self.bias if bias else None
+        if self.weight[0, 0].numel() == 1:
+            return F.linear(x_BTHWC, self.weight.flatten(1), added)
         if self.weight.dim() == 5:
-            return convolution(x_BTHWC.permute(0, 4, 1, 2, 3), self.weight, self.bias, self.stride, (0, *pad)).permute(0, 2, 3, 4, 1)
+            return convolution(x_BTHWC.permute(0, 4, 1, 2, 3), self.weight, added, self.stride, (0, *pad)).permute(0, 2, 3, 4, 1)
         frames = x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2)
-        return convolution(frames, self.weight, self.bias, self.stride, pad).permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+        return convolution(frames, self.weight, added, self.stride, pad).permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
     """conv2d or conv3d by the weight's dimensions, channels-last in and out."""
-    if _plain_cpu(x) and torch.backends.mkldnn.is_available() and x.dtype == weight.dtype == torch.float32:
+    if plain_cpu(x) and torch.backends.mkldnn.is_available() and x.dtype == weight.dtype == torch.float32:
         # torch sends small inputs to a convolution ten times slower than this one
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(stride), 1)
     return (F.conv3d if weight.dim() == 5 else F.conv2d)(x, weight, bias, stride, padding)
@@ -174,6 +158,7 @@ class DoublingConv(Conv):
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, (3, 3))
+        self._kept: tuple[tuple, Tensor] | None = None
 
     def phases(self) -> Tensor:
         """[4 O, I, 2, 2]: the taps of phase (j, k), j slower. Sums are formed in at least float32."""
@@ -182,31 +167,21 @@ class DoublingConv(Conv):
         left, right = torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], -1), torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], -1)
         return torch.stack([left, right], 1).flatten(0, 2).to(self.weight.dtype)
 
-    def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int]) -> Tensor:
-        B, T = x_BTHWC.shape[:2]
-        y = convolution(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2), self.phases(), self.bias.repeat(4), (1, 1), pad).permute(0, 2, 3, 1)
-        return Interleave.apply(y.unflatten(-1, (2, 2, -1))).unflatten(0, (B, T))
+    def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int], *, beside: Beside | None = None) -> Tensor:
+        """Plus the doubled `beside`."""
+        apart = adds_bias(x_BTHWC, self.weight)
+        bias = None if apart else self.bias.repeat(4)
+        y = convolution(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2), self._taps(), bias, (1, 1), pad).permute(0, 2, 3, 1)
+        return interleave(y.unflatten(-1, (2, 2, -1)), x_BTHWC.shape[1], beside, self.bias if apart else None)
 
-
-class Interleave(torch.autograd.Function):
-    """Four phases side by side -> one image: out[2h + j, 2w + k] = y[h + j, w + k, j, k], y[N, h, w, j, k, C] with one row and column more than the source."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor) -> Tensor:
-        N, H, W, _, _, C = y.shape
-        out = y.new_empty(N, H - 1, 2, W - 1, 2, C)
-        for j, k in PHASES:
-            out[:, :, j, :, k] = y[:, j : H - 1 + j, k : W - 1 + k, j, k]
-        return out.flatten(3, 4).flatten(1, 2)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        N, H, W, C = grad.shape
-        H, W = H // 2, W // 2
-        grad, out = grad.reshape(N, H, 2, W, 2, C), grad.new_zeros(N, H + 1, W + 1, 2, 2, C)
-        for j, k in PHASES:
-            out[:, j : H + j, k : W + k, j, k] = grad[:, :, j, :, k]
-        return out
+    def _taps(self) -> Tensor:
+        """`phases`, kept for as long as the weight is the same where no gradient is wanted."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference():
+            return self.phases()
+        stamp = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if self._kept is None or self._kept[0] != stamp:
+            self._kept = stamp, self.phases().contiguous(memory_format=torch.channels_last)
+        return self._kept[1]
 
 
 class Norm(nn.Module):
@@ -227,9 +202,9 @@ class Residual(nn.Module):
         self.shortcut = Conv(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
 
     def forward(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
-        y = self.residual["2"](walk.activate(x_BTHWC, self.residual["0"].gamma), walk)
-        y = self.residual["6"](walk.activate(y, self.residual["3"].gamma), walk)
-        return y + (x_BTHWC if self.shortcut is None else self.shortcut(x_BTHWC, walk))
+        y, bias = self.residual["2"].apart(walk.activate(x_BTHWC, self.residual["0"].gamma), walk)
+        y, bias = self.residual["6"].apart(walk.activate(y, self.residual["3"].gamma, bias), walk)
+        return residual_add(y, x_BTHWC if self.shortcut is None else self.shortcut(x_BTHWC, walk), bias)
 
 
 class FrameAttention(nn.Module):
@@ -270,17 +245,21 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """With `temporal` twice the frames, the stream's first frame kept single; then each pixel doubled in both directions and a 3x3 convolution."""
+    """With `temporal` twice the frames, the stream's first frame kept single; then each pixel doubled in both directions and a 3x3 convolution.
+
+    `beside` is doubled without parameters and added.
+    """
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
         self.resample = nn.ModuleDict({"1": DoublingConv(channels)})
         self.time_conv = Conv(channels, 2 * channels, (3, 1, 1)) if temporal else None
 
-    def forward(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
+    def forward(self, x_BTHWC: Tensor, walk: Walk, beside_BTHWC: Tensor) -> Tensor:
+        beside = Beside(beside_BTHWC, 1 if self.time_conv is None else 2, walk.first)
         if self.time_conv is not None:
             x_BTHWC = self._double_frames(x_BTHWC, walk)
-        return self.resample["1"](x_BTHWC, walk)
+        return walk.spatial.convolve(self.resample["1"], x_BTHWC, beside=beside)
 
     def _double_frames(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
         # The stream's first frame never enters time_conv, neither as input nor as past.
@@ -288,8 +267,7 @@ class Upsample(nn.Module):
         past = walk.leave(torch.cat([walk.past(x_BTHWC), x_BTHWC], 1))
         if x_BTHWC.shape[1] == 0:
             return head
-        B, T, H, W, C = x_BTHWC.shape
-        pairs = self.time_conv(past, walk).view(B, T, H, W, 2, C).permute(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, H, W, C)
+        pairs = paired(*self.time_conv.apart(past, walk))
         return torch.cat([head, pairs], 1) if walk.first else pairs
 
 
@@ -301,18 +279,6 @@ def average_down(x_BTHWC: Tensor, outputs: int, time: int, space: int) -> Tensor
     blocks = x_BTHWC.reshape(B, -1, time, H // space, space, W // space, space, C)
     flat = blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, H // space, W // space, C * time * space * space)
     return flat.unflatten(-1, (outputs, -1)).mean(-1)
-
-
-def duplicate_up(x_BTHWC: Tensor, outputs: int, time: int, first: bool) -> Tensor:
-    """Parameter-free shortcut of the decoder: out[co, time t + i, 2h + j, 2w + k] = x[(co 4 time + 4 i + 2 j + k) // rep], rep = 4 time outputs / C.
-
-    At the start of a stream the leading time - 1 frames are dropped.
-    """
-    B, T, H, W, C = x_BTHWC.shape
-    repeats = outputs * 4 * time // C
-    blocks = x_BTHWC.unsqueeze(-1).expand(B, T, H, W, C, repeats).reshape(B, T, H, W, outputs, time, 2, 2)
-    out = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, T * time, 2 * H, 2 * W, outputs)
-    return out[:, time - 1 :] if first else out
 
 
 class DownStage(nn.Module):
@@ -338,13 +304,12 @@ class UpStage(nn.Module):
         super().__init__()
         layers = [Residual(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
         self.upsamples = nn.ModuleList(layers if last else [*layers, Upsample(outputs, temporal)])
-        self.shape = None if last else (outputs, 2 if temporal else 1)
 
     def forward(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
         y = x_BTHWC
         for layer in self.upsamples:
-            y = layer(y, walk)
-        return y if self.shape is None else y + duplicate_up(x_BTHWC, *self.shape, walk.first)
+            y = layer(y, walk, x_BTHWC) if isinstance(layer, Upsample) else layer(y, walk)
+        return y
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -377,7 +342,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, F, h, w, z] -> [B, T, 8h, 8w, 12] patches."""
+    """[B, F, h, w, z] -> [B, T, 8h, 8w, 12] patches, and the bias that they lack (None: they lack none)."""
 
     def __init__(self, dims: VAEDims):
         super().__init__()
@@ -390,23 +355,11 @@ class Decoder(nn.Module):
         )
         self.head = _head(widths[-1], 3 * PATCH * PATCH)
 
-    def forward(self, z_BFHWC: Tensor, walk: Walk) -> Tensor:
+    def forward(self, z_BFHWC: Tensor, walk: Walk) -> tuple[Tensor, Tensor | None]:
         x_BTHWC = self.conv1(walk.extend(z_BFHWC), walk)
         for layer in (*self.middle, *self.upsamples):
             x_BTHWC = layer(x_BTHWC, walk)
-        return self.head["2"](walk.activate(x_BTHWC, self.head["0"].gamma), walk)
-
-
-def to_patches(x_BCTHW: Tensor) -> Tensor:
-    """Pixels [B,3,T,H,W] -> [B,T,H/2,W/2,12], channel = c*4 + column*2 + row (the column is the slower one, spec §5.2)."""
-    B, C, T, H, W = x_BCTHW.shape
-    return x_BCTHW.reshape(B, C, T, H // PATCH, PATCH, W // PATCH, PATCH).permute(0, 2, 3, 5, 1, 6, 4).reshape(B, T, H // PATCH, W // PATCH, -1)
-
-
-def from_patches(x_BTHWC: Tensor) -> Tensor:
-    """The inverse of `to_patches`."""
-    B, T, H, W, C = x_BTHWC.shape
-    return x_BTHWC.reshape(B, T, H, W, C // PATCH**2, PATCH, PATCH).permute(0, 4, 1, 2, 6, 3, 5).reshape(B, -1, T, H * PATCH, W * PATCH)
+        return self.head["2"].apart(walk.activate(x_BTHWC, self.head["0"].gamma), walk)
 
 
 class WanVAE(nn.Module):
@@ -444,9 +397,25 @@ class WanVAE(nn.Module):
 
     def decode(self, z_BCFHW: Tensor, state: VAEState | None = None, *, keep: bool = True) -> tuple[Tensor, VAEState | None]:
         """Latents [B,z,F,h,w] (not normalised) -> pixels [B,3,T,16h,16w], not clamped, and the state. T = 4F, less 3 at the start of a stream."""
+        x_BTHWC, bias, state = self._patches(z_BCFHW, state, keep)
+        return from_patches(x_BTHWC if bias is None else x_BTHWC + bias), state
+
+    def decode_bytes(self, z_BCFHW: Tensor, state: VAEState | None = None, *, keep: bool = True) -> tuple[Tensor, VAEState | None]:
+        """Like `decode`, but the pixels are uint8 [B,T,16h,16w,3]."""
+        x_BTHWC, bias, state = self._patches(z_BCFHW, state, keep)
+        return patches_to_bytes(x_BTHWC, bias), state
+
+    def _patches(self, z_BCFHW: Tensor, state: VAEState | None, keep: bool) -> tuple[Tensor, Tensor | None, VAEState | None]:
         walk = Walk(state, keep=keep, spatial=self.spatial, pointwise=self.pointwise)
-        x_BTHWC = self.decoder(self.conv2(z_BCFHW.permute(0, 2, 3, 4, 1).contiguous(), walk), walk)
-        return from_patches(x_BTHWC), walk.state()
+        x_BTHWC, bias = self.decoder(self.conv2(z_BCFHW.permute(0, 2, 3, 4, 1).contiguous(), walk), walk)
+        return x_BTHWC, bias, walk.state()
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lays convolution kernels out as the VAE's activations are, in place, so that no call converts them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous(memory_format=formats.get(parameter.dim(), torch.contiguous_format))
 
 
 def check_clip(dims: VAEDims, frames: int, height: int, width: int, *, start: bool) -> None:

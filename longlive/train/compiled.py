@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..cache.attend import TeacherForced
-from ..models.wan_vae import norm_silu
+from ..models.wan_vae import channels_last as channels_last
+from ..ops.frames import norm_silu
 from ..ops.rope import apply_rope
 
 GRAPHS = 64  # compiled variants per function; the default of 8 is fewer than the shapes of a run
@@ -59,9 +60,9 @@ def compiled_pointwise(*, frozen: bool = False) -> Callable:
     torch._dynamo.config.recompile_limit = GRAPHS
     fused = torch.compile(norm_silu)
 
-    def pointwise(x_BTHWC: torch.Tensor, gamma: torch.Tensor, past_BPHWC: torch.Tensor | None = None) -> torch.Tensor:
-        if not (frozen or torch.is_grad_enabled()):
-            return norm_silu(x_BTHWC, gamma, past_BPHWC)
+    def pointwise(x_BTHWC: torch.Tensor, gamma: torch.Tensor, past_BPHWC: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if bias is not None or not (frozen or torch.is_grad_enabled()):  # a bias comes where a fused kernel takes it
+            return norm_silu(x_BTHWC, gamma, past_BPHWC, bias)
         for tensor in (x_BTHWC,) if past_BPHWC is None else (x_BTHWC, past_BPHWC):
             for dim in range(4):
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
@@ -69,13 +70,6 @@ def compiled_pointwise(*, frozen: bool = False) -> Callable:
         return fused(x_BTHWC, gamma, past_BPHWC)
 
     return pointwise
-
-
-def channels_last(module: nn.Module) -> None:
-    """Lays convolution kernels out as the VAE's activations are, in place, so that no call converts them."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous(memory_format=formats.get(parameter.dim(), torch.contiguous_format))
 
 
 class RotatedAhead:

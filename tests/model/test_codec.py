@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from longlive.core.errors import InputError
-from longlive.models.codec import VideoCodec, cpu_dtype, wan22_statistics
-from longlive.models.spec import VAEDims
+from longlive.models.codec import VideoCodec, cpu_dtype, decoder_frames, wan22_statistics
+from longlive.models.spec import WAN22_VAE, VAEDims
 from longlive.models.wan_vae import WanVAE
 
 
@@ -101,3 +101,12 @@ def test_the_precision_of_a_cpu_is_what_it_multiplies_in(monkeypatch, able, dtyp
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert cpu_dtype() == dtype
+
+
+def test_no_convolution_over_time_gets_more_values_than_32_bits_count():
+    pixels = 44 * 80
+    # the widest input: 512 channels at 352 x 640, 4 frames a latent frame and 2 of the past: (4 x 4 + 2) x 352 x 640 x 512 < 2^31 <= (4 x 5 + 2) x ...
+    assert decoder_frames(WAN22_VAE, pixels) == 4
+    assert (4 * 4 + 2) * 352 * 640 * 512 < 2**31 <= (4 * 5 + 2) * 352 * 640 * 512
+    assert decoder_frames(WAN22_VAE.pruned(0.5), pixels) == 8
+    assert decoder_frames(WAN22_VAE, 100 * pixels) == 1

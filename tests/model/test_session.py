@@ -162,15 +162,12 @@ class SlowCodec:
     def __init__(self, fail_at=None):
         self.device, self.calls, self.fail_at = torch.device("cpu"), 0, fail_at
 
-    def decode_groups(self, state, z):
+    def byte_groups(self, state, z):
         time.sleep(0.02)
         if self.calls == self.fail_at:
             raise InputError("the decoder broke")
         self.calls += 1
-        yield None, z
-
-    def to_uint8(self, pixels):
-        return pixels.to(torch.uint8)
+        yield None, z.to(torch.uint8)
 
 
 def test_the_other_device_keeps_order_and_bounds_its_queue():

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from longlive.core.errors import InputError
+from longlive.core.pixels import to_uint8
+from longlive.models import wan_vae
 from longlive.models.spec import VAEDims
-from longlive.models.wan_vae import WHOLE_FRAME, Conv, DoublingConv, Walk, WanVAE, average_down, duplicate_up, from_patches, norm_silu, to_patches
+from longlive.models.wan_vae import WHOLE_FRAME, Conv, DoublingConv, Walk, WanVAE, average_down
+from longlive.ops.frames import duplicate_up, from_patches, norm_silu, to_patches
 
 DIMS = VAEDims(encoder_base=4, decoder_base=4)
 
@@ -166,9 +169,9 @@ def test_another_spatial_strategy_sees_every_convolution():
     seen = []
 
     class Counting(type(WHOLE_FRAME)):
-        def convolve(self, conv, x_BTHWC):
+        def convolve(self, conv, x_BTHWC, **options):
             seen.append(tuple(conv.weight.shape[2:]))
-            return super().convolve(conv, x_BTHWC)
+            return super().convolve(conv, x_BTHWC, **options)
 
     vae = WanVAE(DIMS, spatial=Counting())
     with torch.no_grad():
@@ -180,3 +183,39 @@ def test_a_walk_without_keep_leaves_nothing():
     walk = Walk(None, keep=False, spatial=WHOLE_FRAME, pointwise=norm_silu)
     walk.extend(torch.zeros(1, 1, 1, 1, 1))
     assert walk.state() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[3], [1, 2]])
+def test_a_bias_that_is_added_later_is_the_same(vae, sizes, monkeypatch):
+    """The route of a GPU: convolutions without their bias, which the next operation adds."""
+    torch.manual_seed(1)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(torch.randn_like(parameter))
+    z = torch.randn(1, 48, 3, 2, 3, dtype=torch.float64)
+    whole, _ = vae.decode(z)
+    monkeypatch.setattr(wan_vae, "adds_bias", lambda x, weight: True)
+    torch.testing.assert_close(pieces(vae.decode, z, sizes)[0], whole, rtol=0, atol=1e-10)
+    told = pieces(vae.decode_bytes, z, [3])[0]
+    assert (told.int() - to_uint8(whole).int()).abs().max() <= 1
+
+
+@torch.no_grad()
+def test_bytes_are_those_of_the_pixels(vae):
+    z = torch.randn(2, 48, 3, 2, 3, dtype=torch.float64)
+    pixels, state = vae.decode(z)
+    told, left = vae.decode_bytes(z)
+    assert torch.equal(told, to_uint8(pixels)) and all(map(torch.equal, state.caches, left.caches))
+
+
+@torch.no_grad()
+def test_taps_follow_the_weight():
+    conv, x = DoublingConv(3).double(), torch.randn(1, 1, 2, 2, 3, dtype=torch.float64)
+    first = conv.kernel(x, (1, 1))
+    assert conv._taps() is conv._taps()
+    conv.weight.mul_(2)
+    conv.bias.mul_(2)
+    torch.testing.assert_close(conv.kernel(x, (1, 1)), 2 * first)
+    conv.float()
+    assert conv.kernel(x.float(), (1, 1)).dtype == torch.float32
