@@ -7,6 +7,9 @@ number. Workers hand over bytes; the device normalises them (`samples.to_pixels`
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +84,7 @@ class BatchLoader:
             prefetch_factor=settings.prefetch if settings.workers else None,
             pin_memory=settings.pin,
             collate_fn=_unchanged,
+            worker_init_fn=_obey_parent_only,
             generator=torch.Generator(),  # one of its own: making a loader must not draw from the generator that training draws from
         )
         self._batches = iter(loader)
@@ -123,6 +127,23 @@ class BatchLoader:
 
 def _unchanged(batch):
     return batch
+
+
+def _obey_parent_only(worker: int) -> None:
+    """In a worker: Ctrl-C and SIGTERM go to a whole group of processes (a terminal, torchrun, Slurm), and the training that saves on them needs its data.
+
+    A SIGTERM of the parent ends the worker, whatever it is doing.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, name="end of the worker", daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _named(broken: dict[str, str]) -> str:

@@ -84,7 +84,7 @@ class VideoClips:
     def example(self, number: int) -> Clips:
         batch, chunks = self.config.training.batch_size, self.frames // self.config.chunk_frames
         shape = (batch, self.frames, *self.config.data.image_or_video_shape[2:])
-        latents = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(self.device)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + number)).to(self.device)  # not the seed of the noise
         cuts = tuple(tuple(chunk > 0 and chunk % 3 == 0 for chunk in range(chunks)) for _ in range(batch))
         prompts = (("",) * chunks,) * batch
         return Clips(latents_BFCHW=latents, mask_BF=torch.ones(shape[:2], device=self.device), cuts=cuts, prompts=prompts)

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -174,6 +176,22 @@ def test_a_killed_worker_is_an_error_of_one_line():
     with pytest.raises(InputError, match=r"a data worker was killed.*data.num_workers\(1\)") as error:
         next(BatchLoader(Deadly(), LoaderSettings(workers=1)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a group's SIGTERM ends workers")
+def test_signals_to_the_group_do_not_end_a_worker_and_its_parent_does(root):
+    """torchrun and Slurm send SIGTERM to every process, a terminal Ctrl-C; the training that saves on them still reads its data."""
+    loader = BatchLoader(source(root), LoaderSettings(workers=1))
+    next(loader)
+    (worker,) = loader._batches._workers
+    sender = [sys.executable, "-c", f"import os, signal; [os.kill({worker.pid}, s) for s in (signal.SIGTERM, signal.SIGINT)]"]
+    subprocess.run(sender, check=True)
+    take(loader, 6)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=5)
+    assert worker.exitcode == 0
+    loader._batches._workers_status[0] = False  # it is gone: nothing to wait for
 
 
 def test_bytes_become_pixels_on_the_device():
