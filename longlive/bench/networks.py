@@ -25,6 +25,10 @@ from ..models.spec import ModelSpec, VAEDims, model_spec, vae_type
 from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE, channels_last
 from ..models.weights import build_on_meta
+from ..ops.kv_formats import FORMATS
+from ..precision.backends import EMULATED, FP8, NATIVE, W4A8, W4A16, choose
+from ..precision.capability import probe
+from ..precision.converter import LinearConverter, Selection
 
 VAE_NAMES = {"lightvae_v1": "mg_lightvae", "lightvae_v2": "mg_lightvae_v2"}  # short names -> values of `vae_type`
 SHARE = 0.02  # spread of the random weights of the generator
@@ -32,24 +36,44 @@ SHARE = 0.02  # spread of the random weights of the generator
 
 @dataclass(frozen=True)
 class Precision:
-    """`dtype` of the generator's tensors, the dotted `overrides` of a configuration, and what `convert(dit, spec)` does to a generator of random weights."""
+    """`dtype` of the generator's tensors, the dotted `overrides` of a configuration, and what `convert(dit, spec)` does to a generator of random weights.
+
+    `kv`: format of the keys and values of finished chunks, None = as they are.
+    """
 
     dtype: torch.dtype
     overrides: tuple[str, ...] = ()
     convert: Callable[[WanDiT, ModelSpec], None] | None = None
+    kv: str | None = None
+
+
+def _quantised(name: str) -> Precision:
+    """Linear layers computed by a backend of `precision.backends`; everything else bfloat16."""
+
+    def convert(dit: WanDiT, spec: ModelSpec) -> None:
+        device = next(dit.parameters()).device
+        backend = choose(name, "--precision", (name,), name, probe(device))
+        LinearConverter(backend=backend, selection=Selection(), device=device).convert(dit, spec)
+
+    switch = "fp8_quant=true" if name == FP8 else "infra.model_quant=true"
+    key = "fp8_backend" if name == FP8 else "infra.model_quant_backend"
+    return Precision(torch.bfloat16, ("inference.dtype=bfloat16", switch, f"{key}={name}"), convert)
 
 
 PRECISIONS = {
     "float32": Precision(torch.float32, ("inference.dtype=float32",)),
     "bf16": Precision(torch.bfloat16, ("inference.dtype=bfloat16",)),
+    **{name: _quantised(name) for name in (FP8, W4A8, W4A16, NATIVE, EMULATED)},
 }
 
 
 def precision(name: str) -> Precision:
-    """The entry of `PRECISIONS`. Raises InputError that lists the names."""
-    if name not in PRECISIONS:
-        raise InputError(f"--precision {name!r} is none of {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+    """The entry of `PRECISIONS`; "fp8+int8" is fp8 with pages in int8. Raises InputError that lists the names."""
+    name, plus, kv = name.partition("+")
+    if name not in PRECISIONS or (plus and kv not in FORMATS):
+        raise InputError(f"--precision {name + plus + kv!r} is none of {', '.join(PRECISIONS)}, alone or with + and one of {', '.join(FORMATS)} for the pages")
+    found = PRECISIONS[name]
+    return replace(found, kv=kv, overrides=(*found.overrides, "inference.kv_quant=true", f"inference.kv_quant_format={kv}")) if plus else found
 
 
 def vae_kind(name: str) -> str:
@@ -99,7 +123,7 @@ class RandomNetworks:
             codec=None,
             text_encoder=RandomWords(self.prompt_tokens, self.dims.text_dim, self.device, chosen.dtype),
             geometry=self.geometry,
-            settings=RolloutSettings(chunk_frames=CHUNK_FRAMES, window_frames=self.window, sink_frames=CHUNK_FRAMES),
+            settings=RolloutSettings(chunk_frames=CHUNK_FRAMES, window_frames=self.window, sink_frames=CHUNK_FRAMES, kv_format=chosen.kv),
             device=self.device,
             dtype=chosen.dtype,
         )

@@ -16,7 +16,10 @@ def register(app: typer.Typer) -> None:
     ops = typer.Typer(help="Single operations.", no_args_is_help=True)
     group.command("train")(train)
     group.command("generate")(generate)
+    group.command("precision")(precision)
     ops.command("attention")(attention)
+    ops.command("fused")(fused)
+    ops.command("vae")(vae)
     group.add_typer(ops, name="ops")
     app.add_typer(group, name="bench")
 
@@ -94,6 +97,33 @@ def generate(
     typer.echo(f"wrote {path}")
 
 
+def precision(
+    model: Annotated[str, typer.Option("--model", help="Whose sizes; weights are random.")] = "wan2.2-ti2v-5b",
+    ways: Annotated[str, typer.Option("--ways", help="Precisions of the linear layers, with commas; bf16 among them.")] = "bf16,fp8,w4a8,w4a16,emulated",
+    stores: Annotated[str, typer.Option("--stores", help="Formats of cached keys and values, with commas; bf16 among them.")] = "bf16,fp8,int8,nvfp4",
+    layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the generator; default: all.")] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,
+    window: Annotated[int, typer.Option("--window", help="Chunks that attention sees, the own one included.")] = 4,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed forwards of each way.")] = 5,
+    exact: Annotated[bool, typer.Option(help="Errors against float32 too.")] = True,
+    parts: Annotated[bool, typer.Option("--parts", help="Also the error of each kind of layer alone.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where the record goes; default: a new file in benchmarks/results.")] = None,
+) -> None:
+    """Number formats of linear layers and of cached keys and values against bf16: forward time, memory, error, in one run."""
+    from ..bench.generate import results_file
+    from ..bench.precision import PrecisionSettings, bench_precision
+
+    path = json or results_file("precision")
+    _check(path)
+    settings = PrecisionSettings(
+        model=model, ways=_words(ways), stores=_words(stores), layers=layers, height=height, width=width, window=window, repeats=repeats, exact=exact,
+        parts=parts,
+    )  # fmt: skip
+    bench_precision(settings, path, _say)
+    typer.echo(f"wrote {path}")
+
+
 def attention(
     chunks: Annotated[str, typer.Option("--chunks", help="Lengths of the film, with commas.")] = "12,24",
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a chunk.")] = 7040,
@@ -112,6 +142,41 @@ def attention(
         chunks=_numbers("--chunks", chunks), chunk_tokens=tokens, heads=heads, head_dim=head_dim, repeats=repeats, ways=_words(ways), autotune=autotune
     )
     bench_attention(settings, json, _say)
+    if json is not None:
+        typer.echo(f"wrote {json}")
+
+
+def fused(
+    model: Annotated[str, typer.Option("--model", help="Whose sizes.")] = "wan2.2-ti2v-5b",
+    height: Annotated[int | None, typer.Option("--height", help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,
+    window: Annotated[int, typer.Option("--window", help="Latent frames that self-attention reads.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed calls.")] = 20,
+    json: JsonOption = None,
+) -> None:
+    """Every operation of a transformer block: its time, its floor, its torch reference."""
+    from ..bench.fused import FusedSettings, bench_fused
+
+    _check(json)
+    bench_fused(FusedSettings(model=model, height=height, width=width, window=window, repeats=repeats), json, _say)
+    if json is not None:
+        typer.echo(f"wrote {json}")
+
+
+def vae(
+    model: Annotated[str, typer.Option("--model", help="Whose sizes.")] = "wan2.2-ti2v-5b",
+    vae: Annotated[str, typer.Option("--vae", help="wan, lightvae_v1, lightvae_v2; with commas.")] = "wan",
+    groups: Annotated[str, typer.Option("--groups", help="Latent frames per call of the decoder, with commas; 0: its own choice.")] = "0",
+    height: Annotated[int | None, typer.Option("--height", help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed chunks.")] = 5,
+    json: JsonOption = None,
+) -> None:
+    """Decoding a chunk: every convolution by its shape, norms and the rest, each with its floor."""
+    from ..bench.vae import VaeSettings, bench_vae
+
+    _check(json)
+    bench_vae(VaeSettings(model=model, vaes=_words(vae), groups=_numbers("--groups", groups), height=height, width=width, repeats=repeats), json, _say)
     if json is not None:
         typer.echo(f"wrote {json}")
 

@@ -1,0 +1,31 @@
+"""`longlive bench precision` at toy size: every way and store has an entry with its figures, and what cannot run says why and ends nothing."""
+
+import json
+
+import pytest
+
+from longlive.bench.precision import PARTS, PrecisionSettings, bench_precision
+from longlive.core.errors import InputError
+
+TOY = {"model": "tiny", "layers": 1, "height": 32, "width": 64, "repeats": 1, "window": 2}
+
+
+def test_every_way_and_store_is_measured_against_bf16(tmp_path):
+    lines = []
+    settings = PrecisionSettings(**TOY, ways=("bf16", "fp8", "native"), stores=("bf16", "nvfp4"), parts=True)
+    cases = bench_precision(settings, tmp_path / "precision.json", lines.append)
+    by = {(kind, case[kind]): case for case in cases for kind in ("way", "store", "conversion", "part", "network") if kind in case}
+    assert by["way", "fp8"]["error_float32"] < 0.2 and by["way", "fp8"]["linear_ms"] > 0 and by["way", "bf16"]["forward_times_bf16"] == 1
+    assert "no FP4 tensor cores" in by["network", "native"]["failed"] and ("way", "native") not in by
+    assert by["store", "nvfp4"]["store_gib"] < 0.5 * by["store", "bf16"]["store_gib"] and by["store", "nvfp4"]["error_bf16"] > 0
+    assert {part for kind, part in by if kind == "part"} == set(PARTS)
+    assert json.loads((tmp_path / "precision.json").read_text())["cases"] == cases and all(case["status"] == "done" for case in cases)
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [({"ways": ("bf16", "fp5")}, "'fp5' is none of"), ({"stores": ("bf16", "fp4")}, "'fp4' is none of"), ({"ways": ("fp8",)}, "leave it among both")],
+)
+def test_bad_settings_are_refused(words, part):
+    with pytest.raises(InputError, match=part):
+        PrecisionSettings(**TOY | words).check()
