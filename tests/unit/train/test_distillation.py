@@ -1,0 +1,202 @@
+"""The distillation task: who shares which network, what is drawn alike, what is written, and that a stopped run goes on as if it had not."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from dmd_toys import distillation, draw_of, gradients, toy_task, write_generator
+from train_toys import shrink_tiny
+
+from longlive.config import load_config
+from longlive.models import spec
+from longlive.models.lora_files import read_lora
+from longlive.models.weights import read_state
+from longlive.parallel.mesh import Mesh
+from longlive.train import RunOptions, checkpoint, run
+from longlive.train import distillation as module
+
+
+@pytest.fixture(autouse=True)
+def small_tiny(monkeypatch):
+    monkeypatch.setitem(spec.MODELS, "tiny", spec.TINY)
+    shrink_tiny()
+
+
+def storage(dit):
+    return {name: p.data_ptr() for name, p in dit.named_parameters() if ".lora." not in name}
+
+
+def test_roles_that_start_alike_share_one_network(tmp_path):
+    task = toy_task(tmp_path)
+    assert len(task.cast.networks) == 1 and [role.name for role in task.roles] == ["generator_lora", "critic_lora"]
+    assert not any(p.requires_grad for name, p in task.module.named_parameters() if ".lora." not in name)
+    own = toy_task(tmp_path, adapter={"apply_to_critic": False})
+    assert len(own.cast.networks) == 2 and own.cast.student.dit is own.cast.teacher.dit
+    assert [role.name for role in own.roles] == ["generator_lora", "critic"]
+    whole = toy_task(tmp_path, adapter=None)
+    assert len(whole.cast.networks) == 3 and len({ptr for n in whole.cast.networks for ptr in storage(n).values()}) == 3 * len(storage(whole.module))
+
+
+def test_the_critic_starts_from_its_own_checkpoint(tmp_path):
+    """D6: also where everything is a LoRA."""
+    other = write_generator(tmp_path, "critic", seed=7)
+    wanted = read_state(other).tensors["head.head.weight"]
+    for adapter in ({}, {"apply_to_critic": False}, None):
+        task = toy_task(tmp_path, adapter=adapter, checkpoints={"fake_score_ckpt": str(other)})
+        assert torch.equal(task.cast.critic.dit.head.head.weight, wanted)
+        assert not torch.equal(task.cast.teacher.dit.head.head.weight, wanted)
+
+
+def test_a_lora_starts_equal_on_every_rank(tmp_path):
+    """D7: whatever the process-wide generator holds."""
+    started = []
+    for rank in range(2):
+        torch.manual_seed(100 + rank)
+        task = toy_task(tmp_path, Mesh(dp_rank=rank, dp_size=2))
+        started.append({name: p.detach().clone() for name, p in task.roles[0].trained.named_parameters()})
+    assert all(torch.equal(started[0][name], started[1][name]) for name in started[0])
+    assert any(p.abs().max() > 0 for p in started[0].values())
+
+
+def test_only_the_player_whose_turn_it_is_gets_gradients(tmp_path):
+    for adapter in ({}, {"apply_to_critic": False}, None):
+        task = toy_task(tmp_path, adapter=adapter)
+        for player, role in enumerate(task.roles):
+            loss, _ = task.loss(task.batch(draw_of(task, 0, player)))
+            loss.backward()
+            learned = {id(p) for network in task.cast.networks for p in network.parameters() if p.grad is not None}
+            assert learned <= {id(p) for p in role.trained.parameters()} and len(learned) > 10
+            for network in task.cast.networks:
+                network.zero_grad(set_to_none=True)
+
+
+def test_recomputed_activations_know_who_spoke(tmp_path):
+    """A student's blocks are recomputed after teacher and critic have spoken on the same network."""
+    kept, recomputed = toy_task(tmp_path), toy_task(tmp_path, infra={"gradient_checkpointing": True})
+    for task in (kept, recomputed):
+        for branch in task.cast.student.all_branches:
+            torch.nn.init.normal_(branch.b, std=0.1, generator=torch.Generator().manual_seed(1))
+    for player in range(2):
+        (loss, ours), (other, theirs) = (gradients(task, player) for task in (kept, recomputed))
+        assert loss == other and ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-7)
+
+
+def test_all_ranks_leave_at_the_same_step(tmp_path):
+    ranks = [toy_task(tmp_path, Mesh(dp_rank=rank, dp_size=2)) for rank in range(2)]
+    drawn = [[task.batch(draw_of(task, step, player, stream)) for step in range(12) for player in range(2)] for stream, task in enumerate(ranks)]
+    assert [(s.chunks, s.exits) for s in drawn[0]] == [(s.chunks, s.exits) for s in drawn[1]]
+    assert {s.chunks for s in drawn[0]} == {2, 3, 4} and {s.exits.steps[0] for s in drawn[0]} == {0, 1}
+    assert all(len(set(s.exits.steps)) == 1 for s in drawn[0])
+    assert [s.films.cuts for s in drawn[0]] != [s.films.cuts for s in drawn[1]]
+    apart = toy_task(tmp_path, algorithm={"same_step_across_blocks": False})
+    assert any(len(set(apart.batch(draw_of(apart, step, 0)).exits.steps)) > 1 for step in range(8))
+    last = toy_task(tmp_path, algorithm={"last_step_only": True}).batch(draw_of(ranks[0], 0, 0)).exits.steps
+    assert set(last) == {1}
+
+
+def test_gradients_of_the_last_frames_only(tmp_path):
+    task = toy_task(tmp_path, training={"slice_last_frames": 8, "min_num_training_frames": 32})
+    step = task.batch(draw_of(task, 0, 0))
+    assert step.chunks == 4 and step.exits.first_with_gradients == 3
+    noised = task._noised(step, torch.zeros(2, 32, 48, 2, 4))
+    assert noised.mask_BF.sum(1).tolist() == [8.0, 8.0] and noised.mask_BF[:, :24].abs().max() == 0
+    assert gradients(task, 0)[1]
+
+
+def test_score_levels_follow_the_exit(tmp_path):
+    task = toy_task(tmp_path, algorithm={"ts_schedule": True, "ts_schedule_max": True})
+    for number in range(6):
+        step = task.batch(draw_of(task, number, 0))
+        high, low = step.exits.bounds(task.schedule, 5.0)
+        sigma = task._noised(step, torch.zeros(2, step.chunks * 8, 48, 2, 4)).sigma_BF
+        least, most = (max(0.02, min(0.98, 5 * t / 1000 / (1 + 4 * t / 1000))) for t in (low, high))
+        assert sigma.min() >= least and sigma.max() <= most + 1e-9
+
+
+def test_the_critic_learns_on_the_rollout_of_the_student(tmp_path, monkeypatch):
+    task = toy_task(tmp_path, training={"critic_reuses_rollout": True})
+    made, roll = [], module.DistillationTask._rolled
+    monkeypatch.setattr(module.DistillationTask, "_rolled", lambda self, step: made.append(step.draw.player) or roll(self, step))
+    for player in range(2):
+        gradients(task, player)
+    gradients(task, 1, step=1)
+    assert made == ["generator_lora", "critic_lora"]
+
+
+def test_the_critic_is_told_the_velocity_itself(tmp_path, monkeypatch):
+    """D8: what is compared with noise - x is the velocity, not one that was made of a rounded x0."""
+    task, told = toy_task(tmp_path), {}
+
+    def answer(dit, text, film, mask, noisy, sigma, clean, wrap=None):
+        told["v"] = torch.full_like(noisy, 0.5).bfloat16()
+        return told["v"].requires_grad_(True)
+
+    monkeypatch.setattr(module, "score", answer)
+    noised = module.DistillationTask._noised
+    monkeypatch.setattr(module.DistillationTask, "_noised", lambda self, step, x: told.setdefault("n", noised(self, step, x)))
+    loss, _ = task.loss(task.batch(draw_of(task, 0, 1)))
+    assert loss == (0.5 - (told["n"].noise_BFCHW - told["n"].x_BFCHW)).square().mean((2, 3, 4)).mean()
+
+
+def test_off_policy_steps(tmp_path, monkeypatch):
+    """D23: every chunk of the data is noised to a level above 0."""
+    task, seen = toy_task(tmp_path), []
+    step = task.batch(draw_of(task, 0, 0))
+    step = replace(step, films=replace(step.films, latents_BFCHW=torch.randn(2, step.chunks * 8, 48, 2, 4)))
+    noising = module.add_noise
+    monkeypatch.setattr(module, "add_noise", lambda clean, noise, sigma: seen.append(sigma) or noising(clean, noise, sigma))
+    x = task._off_policy(step, task.cast.student.speak(), torch.randn_like(step.films.latents_BFCHW))
+    assert x.requires_grad and x.shape == step.films.latents_BFCHW.shape and seen[0].min() > 0.5
+
+
+RUNS = {"LoRA": {}, "critic of its own": {"adapter": {"rank": 2, "apply_to_critic": False}}, "all weights": {"adapter": None}}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_stopped_run_goes_on_exactly(tmp_path, kind):
+    """D14: with the moments of both optimizers, also of LoRAs; D12: a critic without LoRA is saved, and its LoRA is not asked for."""
+
+    def train(folder, **training):
+        config = load_config(distillation(tmp_path, **{**RUNS[kind], "training": {"max_iters": 5} | training}))
+        run(config, tmp_path / folder, RunOptions())
+        return [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+
+    whole = train("whole", log_iters=3)
+    assert [("loss" in row, "critic_loss" in row) for row in whole] == [(True, True), (False, True), (True, True), (False, True), (True, True)]
+    (tmp_path / "half").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint_model_000003", tmp_path / "half" / "checkpoint_model_000003")
+    half = train("half", log_iters=3)
+    drop = ("seconds", "ms")
+    assert [{k: v for k, v in row.items() if k not in drop} for row in half] == [{k: v for k, v in row.items() if k not in drop} for row in whole][3:]
+    ends = [checkpoint.sizes_in(tmp_path / folder / "checkpoint_model_000005") for folder in ("whole", "half")]
+    assert ends[0] == ends[1]
+    entries = {name.split(".")[0] for name in ends[0]} - {"rank"}
+    student = "generator" if kind == "all weights" else "generator_lora"
+    critic = "critic_lora" if kind == "LoRA" else "critic"
+    assert entries == {student, f"{student}_ema", f"{student}_optimizer", critic, f"{critic}_optimizer"}
+    states = [checkpoint.read_sharded(tmp_path / folder / "checkpoint_model_000005", ends[0]) for folder in ("whole", "half")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_what_is_written_is_read_as_a_lora(tmp_path):
+    task = toy_task(tmp_path)
+    for branch in task.cast.student.all_branches:
+        torch.nn.init.normal_(branch.b, std=0.1)
+    for _ in range(2):  # over what is there
+        task.export(tmp_path / "out", 7, {})
+    folder, file = read_lora(tmp_path / "out" / "lora"), read_lora(tmp_path / "out" / "lora.pt")
+    critic = read_lora(tmp_path / "out" / "lora.pt", entry="critic_lora")
+    own = dict(task.roles[0].trained.named_parameters())
+    for adapter in (folder, file):
+        assert adapter.rank == 4 and adapter.alpha == 8 and len(adapter.layers) == len(own) // 2
+        for name, layer in adapter.layers.items():
+            assert torch.equal(layer.b_OR, own[f"base_model.model.{name}.lora_B.weight"].bfloat16())
+    assert file.metadata["step"] == 7 and not torch.equal(critic.layers[name].b_OR, layer.b_OR)
+    alone = toy_task(tmp_path, adapter={"apply_to_critic": False})
+    alone.export(tmp_path / "alone", 1, {})
+    content = torch.load(tmp_path / "alone" / "lora.pt", weights_only=True)
+    assert "generator_lora" in content and "critic_lora" not in content  # D12
