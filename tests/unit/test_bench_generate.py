@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 
 
 def small(**changes):
-    return GenerateSettings(**({"model": "tiny", "precisions": ("float32",), "height": 32, "width": 32, "layers": 1, "chunks": 1, "steps": (1,)} | changes))
+    return GenerateSettings(
+        **({"model": "tiny", "precisions": ("float32",), "height": 32, "width": 32, "layers": 1, "chunks": 1, "steps": (1,), "window": 8} | changes)
+    )
 
 
 def test_figures_follow_from_arrivals():
@@ -110,7 +112,24 @@ def test_kernels_of_generation_are_sorted_by_name(kernel, kind):
 
 def test_the_command_writes_its_rows(tmp_path):
     path = tmp_path / "rows.json"
-    words = ["bench", "generate", "--model", "tiny", "--precision", "float32", "--height", "32", "--width", "32", "--layers", "1", "--chunks", "1"]
+    words = [
+        "bench",
+        "generate",
+        "--model",
+        "tiny",
+        "--precision",
+        "float32",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--layers",
+        "1",
+        "--chunks",
+        "1",
+        "--window",
+        "8",
+    ]
     result = CliRunner().invoke(app, [*words, "--steps", "1", "--json", str(path)])
     assert result.exit_code == 0, result.output
     assert ROW <= set(json.loads(path.read_text())[0]) and f"wrote {path}" in result.output
