@@ -19,6 +19,7 @@ from torch import nn
 
 from ..cache.attend import visible_tensor
 from ..config.root import Config
+from ..core.log import logger
 from ..diffusion.flow import add_noise, x0_from_velocity
 from ..diffusion.known import KnownFrames
 from ..diffusion.samplers import unipc
@@ -29,7 +30,7 @@ from ..parallel.apply import Plan, apply
 from ..parallel.mesh import Mesh
 from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, make_cast
 from .clips import Words
-from .compiled import checkpoint_blocks
+from .compiled import RotatedAhead, checkpoint_blocks, compile_blocks
 from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_timesteps, guided, off_policy_levels, score_timesteps
 from .evaluate import Evaluator
 from .export import save_generator
@@ -89,6 +90,8 @@ class DistillationTask:
     def _ready(self, network: WanDiT) -> None:
         infra = self.config.infra
         trains = any(p.requires_grad for p in network.parameters())
+        if self._compiled(network):
+            logger.info("compiling the critic's blocks")
         plan = Plan(
             blocks=self.spec.block_patterns,
             entries=self.spec.entry_patterns,
@@ -96,8 +99,13 @@ class DistillationTask:
             wrap=infra.generator_fsdp_wrap_strategy,
             bf16=self.mixed,
             recompute=checkpoint_blocks if infra.gradient_checkpointing and trains else None,
+            compile=compile_blocks if self._compiled(network) else None,
         )
         apply(network.eval(), self.device, plan)
+
+    def _compiled(self, network: WanDiT) -> bool:
+        """A critic of its own, which sees whole films: its shapes stay, and no LoRA comes and goes."""
+        return self.config.training.compile and network is self.cast.critic.dit and self.cast.critic.adapter is None
 
     def _evaluator(self, logdir: Path) -> Evaluator:
         evaluator = Evaluator(self.config, logdir, self.device, self.mesh)
@@ -179,7 +187,7 @@ class DistillationTask:
         film, noised = self._film(step), self._noised(step, x)
         with self._phase(cached=True):
             dit = self.cast.critic.speak()
-            velocity = score(dit, self._text(dit, step.films.words), film, self.cast.critic.mask, noised.noisy_BFCHW, noised.sigma_BF, noised.x_BFCHW)
+            velocity = self._score(self.cast.critic, dit, step.films.words, film, (noised.noisy_BFCHW, noised.sigma_BF, noised.x_BFCHW))
         return critic_loss(velocity, noised.noise_BFCHW - noised.x_BFCHW, noised.mask_BF), {}
 
     def _phase(self, cached: bool = False) -> AbstractContextManager:
@@ -275,9 +283,14 @@ class DistillationTask:
             empty = self.films.text.rows([self.config.inference.negative_prompt])
             words = Words(*(torch.cat(parts) for parts in zip(words, empty)))
             given = tuple(part.repeat(2, *[1] * (part.dim() - 1)) for part in given)
-        velocity = score(dit, self._text(dit, words), film, voice.mask, *given)
+        velocity = self._score(voice, dit, words, film, given)
         clean = x0_from_velocity(given[0], velocity, given[1])
         return guided(clean[:batch], clean[batch:], guidance) if guidance else clean
+
+    def _score(self, voice: Voice, dit: WanDiT, words: Words, film: Film, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What the role says of (noisy film, its levels, the clean film)."""
+        ahead = self._compiled(dit) and voice.mask != "bidirectional"
+        return score(dit, self._text(dit, words), film, voice.mask, *given, **({"wrap": RotatedAhead} if ahead else {}))
 
     # ------------------------------------------------------------ what is kept and written
 
