@@ -27,8 +27,8 @@ def quantised_rows(x: torch.Tensor) -> RowFP8:
     return quantise_rows(x, on_nonfinite="nan")
 
 
-def fp8_product(a: RowFP8, w: RowFP8, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., N] in the dtype that `a` stands for: sum of products of codes times both scales, plus bias."""
+def fp8_product(a: RowFP8, w: RowFP8, bias: torch.Tensor | None = None, *, fast: bool = True) -> torch.Tensor:
+    """[..., N] in the dtype that `a` stands for: sum of products of codes times both scales, plus bias. `fast`: fast accumulation."""
     if not a.codes.is_cuda:
         return w8a8(a, w, bias)
     flat = a.e4m3.reshape(-1, a.shape[-1])
@@ -39,6 +39,6 @@ def fp8_product(a: RowFP8, w: RowFP8, bias: torch.Tensor | None = None) -> torch
         scale_b=w.scales.t(),
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=fast,
     )
     return out.to(a.dtype).unflatten(0, a.shape[:-1])
