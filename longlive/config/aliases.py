@@ -41,6 +41,8 @@ INERT = {
 # documented schema keys that have no effect here -> why. Reported once where they are given.
 WITHOUT_EFFECT = {
     "infra.text_encoder_fsdp_wrap_strategy": "the text encoder is frozen and whole on every rank; infra.text_encoder_cpu_offload frees its memory",
+    "infra.real_score_fsdp_wrap_strategy": "all networks of distillation are wrapped by infra.generator_fsdp_wrap_strategy",
+    "infra.fake_score_fsdp_wrap_strategy": "all networks of distillation are wrapped by infra.generator_fsdp_wrap_strategy",
 }
 
 # schema keys that nothing reads in some setting: key -> (setting as text, why)

@@ -34,15 +34,7 @@ def _train(c: Config):
     if kind == "diffusion":
         yield not c.algorithm.teacher_forcing, "training without teacher forcing (algorithm.teacher_forcing: false)", "set it to true"
         yield not c.algorithm.causal, "training a bidirectional generator (algorithm.causal: false)", "set it to true"
-    steps = c.algorithm.num_train_timestep
-    yield steps != 1000, f"a noise schedule of {steps} entries (algorithm.num_train_timestep)", "set it to 1000"
-    for name in ("generator", "real_score", "fake_score"):
-        used = c.infra.model_dump()[f"{name}_quant"]
-        yield used, f"training in NVFP4 (infra.{name}_quant: true)", f"set infra.{name}_quant: false to train in bf16"
-    yield c.torch_compile is True, "torch_compile: true in training", "set it to false or auto; training.compile: true compiles the blocks"
-    if kind == "diffusion":
-        yield not c.algorithm.teacher_forcing, "training without teacher forcing (algorithm.teacher_forcing: false)", "set it to true"
-        yield not c.algorithm.causal, "training a bidirectional generator (algorithm.causal: false)", "set it to true"
+    yield not c.algorithm.generator_is_causal, "a bidirectional student (algorithm.generator_is_causal: false)", "set it to true"
     steps = c.algorithm.num_train_timestep
     yield steps != 1000, f"a noise schedule of {steps} entries (algorithm.num_train_timestep)", "set it to 1000"
     recycling = c.training.error_recycling.enabled and kind != "diffusion"
