@@ -26,7 +26,7 @@ from ..diffusion.guidance import Branches, branches
 from ..diffusion.known import KnownFrames, nothing_known
 from ..diffusion.samplers import OnStep, sample, unipc
 from ..models.patch import patchify, unpatchify
-from ..models.wan_dit import TextContext, WanDiT
+from ..models.wan_dit import NoiseLevels, TextContext, WanDiT
 
 UNSET_WINDOW_CHUNKS = 3
 
@@ -136,6 +136,7 @@ class Rollout:
         dims, page_tokens = dit.dims, settings.chunk_frames * token_height * token_width
         sizes = (dims.layers, repeats * batch, settings.pages, page_tokens, dims.heads, dims.head_dim)
         self.stores = tuple(settings.store(*sizes, device=self.device, dtype=dtype) for _ in range(passes))
+        self.levels = _Levels(dit, settings.chunk_frames, self.device)
         if settings.window_frames == -1:
             logger.info("local_attn_size -1: attention sees a window of %d chunks", UNSET_WINDOW_CHUNKS)
 
@@ -167,12 +168,13 @@ class Rollout:
         opened = [policy.open(w, chunk) for w in state.windows]
         closed = [policy.close(w, chunk, cut) for w, cut in zip(opened, cuts)]
         branch = branches(prompt_B, negative, self.settings.guidance, self.settings.batched_guidance)
+        noise_BFCHW = upload(noise_BFCHW, self.device)
         given = nothing_known(noise_BFCHW) if known is None else known.part(chunk * f, f)
         run = _ChunkRun(self, branch, self._tokens(chunk, shots), text, given)
         if given.frames < f:
-            x = sample(run.denoiser(opened, chunk), noise_BFCHW.to(self.device), self.schedule, on_step)
+            x = sample(run.denoiser(opened, chunk), noise_BFCHW, self.schedule, on_step)
         else:
-            x = noise_BFCHW.to(self.device, torch.float32)
+            x = noise_BFCHW.to(torch.float32)
         x = given.clamp(x)
         run.commit(x, closed, chunk)
         self.state = RolloutState(chunk + 1, shots, tuple(closed))
@@ -204,6 +206,26 @@ class Rollout:
             raise InputError(f"{len(prompt_B)} prompts and {len(cut_B)} cut flags for a batch of {self.batch}; give one of each per sample")
 
 
+class _Levels:
+    """The embeddings of the few noise levels that a rollout meets, made once; again when the weights behind them have changed."""
+
+    def __init__(self, dit: WanDiT, frames: int, device: torch.device):
+        self.dit, self.frames, self.device = dit, frames, device
+        self._made: dict[tuple[float, int, int], NoiseLevels] = {}
+        self._stamp = -1
+
+    def of(self, sigma: float, given: KnownFrames, batch: int) -> NoiseLevels:
+        """For `batch` samples at `sigma`, whose `given` frames are at 0."""
+        if self._stamp != (stamp := self.dit.level_stamp()):
+            self._made.clear()
+            self._stamp = stamp
+        key = sigma, given.frames, batch
+        if key not in self._made:
+            told = torch.full((batch, self.frames), sigma, dtype=torch.float64, device=self.device)
+            self._made[key] = self.dit.levels(given.levels(told))
+        return self._made[key]
+
+
 class _ChunkRun:
     """The passes over one chunk: denoising steps against the opened windows, the commit against the closed ones."""
 
@@ -224,9 +246,8 @@ class _ChunkRun:
         """One forward per pass; latents in, velocities as latents out."""
         r = self.rollout
         x_BNc = patchify(x).repeat(self.branch.repeats, 1, 1)
-        levels = torch.full(x.shape[:2], sigma, dtype=torch.float64, device=r.device)
-        sigma_BF = self.given.levels(levels).repeat(self.branch.repeats, 1)
-        outs = [r.dit(x_BNc, tokens, sigma_BF, self.text, attend, until) for tokens, attend in zip(self.tokens, attends)]
+        levels = r.levels.of(sigma, self.given, len(x_BNc))
+        outs = [r.dit(x_BNc, tokens, levels, self.text, attend, until) for tokens, attend in zip(self.tokens, attends)]
         return [] if until == "kv" else [unpatchify(out, x.shape[1], r.height, r.width) for out in outs]
 
     def denoiser(self, windows: list[Window], chunk: int):
@@ -239,6 +260,11 @@ class _ChunkRun:
 
     def commit(self, x_BFCHW: torch.Tensor, windows: list[Window], chunk: int) -> None:
         self._ask(x_BFCHW, 0.0, self._attends(windows, chunk, commit=True), "kv")
+
+
+def upload(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`t` on `device`, without a wait for the work that is queued there."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and t.device.type == "cpu" else t.to(device)
 
 
 def chunk_noise(seed: int, prompt_index: int, sample: int, chunk: int, shape: tuple[int, ...]) -> torch.Tensor:

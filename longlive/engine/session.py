@@ -115,6 +115,7 @@ class Session:
         self.cursor, self.cancelled = 0, False
         self._under_way: deque[tuple[ChunkResult, object]] = deque()
         self._ready: deque[ChunkResult] = deque()
+        self._ahead: tuple[int, torch.Tensor] | None = None  # noise of a coming chunk
         self._last = time.perf_counter()
 
     @property
@@ -147,7 +148,7 @@ class Session:
         films = [film[self.cursor] for film in self.plans]
         plans = tuple(plan for plan in films for _ in range(self.request.samples))
         text, rows, negative = self.text.rows([p.prompt for p in plans])
-        noise = torch.stack([chunk_noise(*key, self.cursor, self.shape) for key in self.noise_keys])
+        noise = self._noise(self.cursor)
         clock = Clock(self.pipeline.device)
         z = self.rollout.step(
             noise,
@@ -160,9 +161,16 @@ class Session:
         clock.stop()
         self._under_way.append((ChunkResult(index=self.cursor, latents_BFCHW=z, frames=None, plans=plans), clock))
         self.cursor += 1
+        if self.pipeline.device.type == "cuda" and self.cursor < self.chunks:
+            self._ahead = self.cursor, self._noise(self.cursor)  # drawn while the device is busy
         self.decoder.submit(z)
         if self.pipeline.device.type == "cpu":
             trim_heap()
+
+    def _noise(self, chunk: int) -> torch.Tensor:
+        if self._ahead is not None and self._ahead[0] == chunk:
+            return self._ahead[1]
+        return torch.stack([chunk_noise(*key, chunk, self.shape) for key in self.noise_keys])
 
     def _take(self, frames_of_chunks: list) -> None:
         for frames in frames_of_chunks:

@@ -11,7 +11,8 @@ G groups of consecutive tokens that share a noise level or a prompt, R prompts (
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -250,6 +251,13 @@ def text_rows(embeds: list[torch.Tensor], dims: DiTDims, dtype: torch.dtype, wid
     return raw, bias.to(raw.device)
 
 
+class NoiseLevels(NamedTuple):
+    """What a forward needs of its noise levels, made once for several forwards by `WanDiT.levels`: for the head and for the blocks."""
+
+    e_BGD: torch.Tensor
+    level_BG6D: torch.Tensor
+
+
 class WanDiT(nn.Module):
     """The Wan2.2 DiT of the given sizes; parameters are named as published (spec inference §1.2)."""
 
@@ -286,7 +294,7 @@ class WanDiT(nn.Module):
         self,
         x_BNc: torch.Tensor,
         tokens: Tokens,
-        sigma_BG: torch.Tensor,
+        sigma_BG: torch.Tensor | NoiseLevels,
         text: TextContext,
         attend: Attend,
         until: Literal["velocity", "kv"] = "velocity",
@@ -294,19 +302,27 @@ class WanDiT(nn.Module):
         """Velocity (noise - clean) [B, N, c] in the weights' dtype.
 
         `sigma_BG` in [0, 1], float32 or float64: one noise level per latent frame (G = F), or per any G equal groups of consecutive
-        tokens. `text` comes from `self.text`; `tokens.prompt_BG` picks its rows. `until="kv"` ends as soon as the last layer's keys
-        and values are with `attend`, and returns None.
+        tokens; or what `levels` made of them. `text` comes from `self.text`; `tokens.prompt_BG` picks its rows. `until="kv"` ends as soon
+        as the last layer's keys and values are with `attend`, and returns None.
         """
         text.refresh(self)
         x = self.patch_embedding(x_BNc)
-        e_BGD = self.noise_level(sigma_BG)
-        level = self.time_projection(e_BGD).unflatten(-1, (6, -1))
+        e_BGD, level = sigma_BG if isinstance(sigma_BG, NoiseLevels) else self.levels(sigma_BG)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             keys_only = until == "kv" and layer == last
             x, kv = block(x, level, tokens.prompt_BG, text.text_RMD, text.bias_RM, text.kept(layer), attend, layer, keys_only=keys_only)
             text.keep(layer, kv)
         return None if until == "kv" else self.head(x, e_BGD)
+
+    def levels(self, sigma_BG: torch.Tensor) -> NoiseLevels:
+        """Embeddings of noise levels; good for as long as `level_stamp` is the same."""
+        e_BGD = self.noise_level(sigma_BG)
+        return NoiseLevels(e_BGD, self.time_projection(e_BGD).unflatten(-1, (6, -1)))
+
+    def level_stamp(self) -> int:
+        """A number that changes whenever a weight behind `levels` is written in place."""
+        return _versions((self.time_embedding, self.time_projection))
 
     def noise_level(self, sigma_BG: torch.Tensor) -> torch.Tensor:
         """Embedding [B, G, D] of t = 1000 sigma; the sinusoids in float64 (float32 is too coarse near t = 1000)."""
@@ -331,4 +347,8 @@ class WanDiT(nn.Module):
         modules = [self.text_embedding]
         for block in self.blocks:
             modules += [block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k]
-        return sum(t._version for m in modules for t in (*m.parameters(), *m.buffers()) if not t.is_inference())
+        return _versions(modules)
+
+
+def _versions(modules: Iterable[nn.Module]) -> int:
+    return sum(t._version for m in modules for t in (*m.parameters(), *m.buffers()) if not t.is_inference())

@@ -156,13 +156,16 @@ def test_the_model_is_shown_known_frames_clean_at_every_step(guidance):
     rollout = toy_rollout(dit, 2, guidance=guidance, steps=3)
 
     class Spy:
-        dims = DIMS
+        dims, level_stamp = DIMS, dit.level_stamp
+
+        def levels(self, sigma_BF):
+            return sigma_BF
 
         def __call__(self, x_BNc, tokens, sigma_BF, *rest):
             asked.append((x_BNc, sigma_BF))
             return dit(x_BNc, tokens, sigma_BF, *rest)
 
-    rollout.dit = Spy()
+    rollout.dit = rollout.levels.dit = Spy()
     rollout.step(toy_noise(2, 1)[:, 0], text, [0, 0], [False, False], negative=1, known=KnownFrames(given))
     assert len(asked) == 4  # three steps and the commit
     for x_BNc, sigma_BF in asked:
@@ -291,3 +294,19 @@ def test_noise_depends_on_its_arguments_alone():
     wide = chunk_noise(0, 0, 0, 0, (8, 48, 24, 40))
     assert abs(wide.mean()) < 0.01 and abs(wide.std() - 1) < 0.01
     assert patchify(wide[None]).shape == (1, 8 * 240, 192)
+
+
+def test_embeddings_of_noise_levels_are_made_once_and_again_when_weights_change():
+    dit, noise = toy_dit(), toy_noise(1, 4)
+    text, rollout = dit.text(toy_prompts(4)), toy_rollout(dit, 1, steps=2)
+    made, real = [], dit.levels
+    dit.levels = lambda sigma: made.append(sigma) or real(sigma)
+    for chunk in range(3):
+        rollout.step(noise[:, chunk], text, [0], [False])
+    assert len(made) == 3  # two steps and the commit
+    with torch.no_grad():
+        dit.time_projection[1].bias.add_(1.0)
+    fresh = toy_rollout(dit, 1, steps=2)
+    fresh.restore(rollout.snapshot())
+    out = rollout.step(noise[:, 3], text, [0], [False])
+    assert len(made) == 6 and torch.equal(fresh.step(noise[:, 3], text, [0], [False]), out)
