@@ -1,4 +1,4 @@
-"""`longlive export CHECKPOINT OUT`: the generator of a training run as one file that generation, other tools and other runs read."""
+"""`longlive export CHECKPOINT OUT`: what a training run made, a generator or a LoRA, as one file that generation, other tools and other runs read."""
 
 from __future__ import annotations
 
@@ -23,16 +23,43 @@ def export(
     ema: Annotated[bool, typer.Option("--ema", help="The average of the weights instead of the weights.")] = False,
     format: Annotated[str | None, typer.Option("--format", help="pt or safetensors; usually OUT's ending says it.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")] = "bf16",
+    layout: Annotated[str | None, typer.Option("--layout", help="Of a LoRA: published (.pt), peft (a folder), diffusers, comfyui or kohya.")] = None,
 ) -> None:
-    """Write the weights of a training checkpoint for use: a published .pt container, or safetensors."""
+    """Write the weights of a training checkpoint for use: a published .pt container, or safetensors. A distilled LoRA is written in any layout."""
+    if _is_lora(checkpoint, layout, dtype):
+        return typer.echo(_export_lora(checkpoint, out, ema, layout, dtype))
     container = format or FORMATS.get(out.suffix)
     if container not in ("pt", "safetensors"):
         raise InputError(f"--format {format!r} is neither pt nor safetensors" if format else f"{out}: end it with .pt or .safetensors, or give --format")
-    if dtype not in ("bf16", "fp32"):
-        raise InputError(f"--dtype {dtype!r} is neither bf16 nor fp32")
-    import torch
-
     from ..train.export import export_checkpoint
 
-    about = export_checkpoint(checkpoint, out, use_ema=ema, container=container, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
-    typer.echo(f"wrote {out} ({', '.join(f'{key} {value}' for key, value in about.items())})")
+    about = export_checkpoint(checkpoint, out, use_ema=ema, container=container, dtype=_dtype(dtype))
+    typer.echo(f"wrote {out} ({_said(about)})")
+
+
+def _is_lora(checkpoint: Path, layout: str | None, dtype: str) -> bool:
+    from ..train.lora_export import is_lora_run
+
+    if dtype not in ("bf16", "fp32"):
+        raise InputError(f"--dtype {dtype!r} is neither bf16 nor fp32")
+    found = is_lora_run(checkpoint)
+    if layout is not None and not found:
+        raise InputError(f"--layout {layout} is for a LoRA, and {checkpoint} is no checkpoint of a run that trained one; leave it out")
+    return found
+
+
+def _export_lora(checkpoint: Path, out: Path, ema: bool, layout: str | None, dtype: str) -> str:
+    from ..train.lora_export import export_lora
+
+    usual = {".pt": "published", "": "peft", ".safetensors": "comfyui"}.get(out.suffix, "published")
+    return f"wrote {out} ({_said(export_lora(checkpoint, out, use_ema=ema, layout=layout or usual, dtype=_dtype(dtype)))})"
+
+
+def _dtype(word: str):
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[word]
+
+
+def _said(about: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in about.items())

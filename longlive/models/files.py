@@ -28,7 +28,7 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<at>\d{5})-of-(?P<count>\d{5})(?P<ending>\.
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 SHARD_INDEX = ".metadata"  # of torch.distributed.checkpoint: what training writes (train.checkpoint)
 RUN_FILE = "run.json"
-TRAINED = ("generator", "generator_ema")
+TRAINED = ("generator", "generator_ema", "generator_lora", "generator_lora_ema", "critic", "critic_lora")
 FETCH = "fetch it again, or check the path"
 MADV_DONTNEED = 4
 
@@ -123,6 +123,8 @@ def _open_sharded(folder: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); take another checkpoint") from None
     about = {"trainer": run["trainer"], "step": run["step"], **run.get("origin", {})}
+    adapter = run.get("config", {}).get("adapter") or {}
+    about |= {"lora_alpha": adapter["alpha"]} if adapter.get("alpha") else {}
     return {entry: _Group(folder, entry, found) for entry, found in groups.items() if found}, about, False
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.errors import CheckpointError
 from ..core.log import launch_rank
 from ..models.lora import Adapter, adapter_of, adapter_state
-from ..models.lora_files import adapter_from, write_lora
+from ..models.lora_files import ENTRY, adapter_from, holds_lora, read_lora, write_lora
 from ..parallel.fsdp import whole
 from .cast import Cast, Voice
+from .checkpoint import folders
 from .export import save_container
 
 FILE, FOLDER = "lora.pt", "lora"
@@ -58,3 +60,24 @@ def _adapter(voice: Voice, tensors: Mapping[str, Tensor]) -> Adapter:
     """The tensors as an adapter with the alpha of the network's."""
     return adapter_from(tensors, FOLDER).with_alpha(adapter_of(voice.dit, voice.adapter).alpha)
 
+
+
+def export_lora(source: Path, out: Path, *, use_ema: bool, layout: str, dtype: torch.dtype) -> dict[str, str]:
+    """Writes the student's LoRA of any checkpoint of a distillation, in a layout of `models.lora_files`; returns what is said of it.
+
+    Raises CheckpointError for a source without one, or without an average where `use_ema` asks for it, InputError for a path that exists or does not suit.
+    """
+    place = (folders(source) or [source])[-1]
+    entry = ENTRY + ("_ema" if use_ema else "")
+    if not holds_lora(place, entry):
+        raise CheckpointError(f"{place} holds no average of the LoRA's weights (training.ema_weight was 0, or it is a weight file); leave --ema out")
+    adapter = read_lora(place, name=FOLDER, entry=entry)
+    write_lora(out, adapter, layout, dtype)
+    about = {key: str(adapter.metadata[key]) for key in ("step", "trainer") if key in adapter.metadata}
+    return about | {"weights": "ema" if use_ema else "raw", "dtype": str(dtype).removeprefix("torch."), "rank": str(adapter.rank), "layout": layout}
+
+
+def is_lora_run(source: Path) -> bool:
+    """Whether a checkpoint, or the newest of a LOGDIR, is of a student that is a LoRA."""
+    place = (folders(source) or [source])[-1]
+    return place.is_dir() and holds_lora(place)

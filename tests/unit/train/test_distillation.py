@@ -10,12 +10,15 @@ from dmd_toys import distillation, draw_of, gradients, toy_task, write_generator
 from train_toys import shrink_tiny
 
 from longlive.config import load_config
+from longlive.core.errors import CheckpointError
+from longlive.engine.adapters import configured_adapters
 from longlive.models import spec
 from longlive.models.lora_files import read_lora
 from longlive.models.weights import read_state
 from longlive.parallel.mesh import Mesh
 from longlive.train import RunOptions, checkpoint, run
 from longlive.train import distillation as module
+from longlive.train.lora_export import export_lora, is_lora_run
 
 
 @pytest.fixture(autouse=True)
@@ -200,3 +203,22 @@ def test_what_is_written_is_read_as_a_lora(tmp_path):
     alone.export(tmp_path / "alone", 1, {})
     content = torch.load(tmp_path / "alone" / "lora.pt", weights_only=True)
     assert "generator_lora" in content and "critic_lora" not in content  # D12
+
+
+def test_the_lora_of_a_checkpoint_is_exported_and_generates(tmp_path):
+    """From LOGDIR to files in two layouts; a checkpoint itself is read as a LoRA too."""
+    config = load_config(distillation(tmp_path, training={"max_iters": 2, "log_iters": 2}))
+    run(config, tmp_path / "run", RunOptions())
+    place = tmp_path / "run" / "checkpoint_model_000002"
+    assert is_lora_run(tmp_path / "run") and is_lora_run(place) and not is_lora_run(tmp_path / "generator.safetensors")
+    about = export_lora(tmp_path / "run", tmp_path / "student.pt", use_ema=True, layout="published", dtype=torch.float32)
+    assert about["weights"] == "ema" and about["step"] == "2" and about["rank"] == "4"
+    export_lora(place, tmp_path / "student.safetensors", use_ema=False, layout="comfyui", dtype=torch.float32)
+    average, raw, own = read_lora(tmp_path / "student.pt"), read_lora(tmp_path / "student.safetensors"), read_lora(place)
+    assert average.alpha == raw.alpha == own.alpha == 8
+    name = "blocks.0.self_attn.q"
+    assert torch.equal(raw.layers[name].b_OR, own.layers[name].b_OR) and not torch.equal(average.layers[name].b_OR, raw.layers[name].b_OR)
+    generate = load_config({**distillation(tmp_path), "algorithm": {}, "checkpoints": {**distillation(tmp_path)["checkpoints"], "lora_ckpt": str(place)}})
+    assert configured_adapters(generate)[0][0].rank == 4
+    with pytest.raises(CheckpointError, match="holds only a LoRA"):
+        read_state(place, kind="generator")
