@@ -207,7 +207,7 @@ def test_what_is_written_is_read_as_a_lora(tmp_path):
 
 def test_the_lora_of_a_checkpoint_is_exported_and_generates(tmp_path):
     """From LOGDIR to files in two layouts; a checkpoint itself is read as a LoRA too."""
-    config = load_config(distillation(tmp_path, training={"max_iters": 2, "log_iters": 2}))
+    config = load_config(distillation(tmp_path, training={"max_iters": 2, "log_iters": 2, "dfake_gen_update_ratio": 1}))
     run(config, tmp_path / "run", RunOptions())
     place = tmp_path / "run" / "checkpoint_model_000002"
     assert is_lora_run(tmp_path / "run") and is_lora_run(place) and not is_lora_run(tmp_path / "generator.safetensors")
