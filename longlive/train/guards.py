@@ -7,10 +7,12 @@ decision one step late, so that the device never waits for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
+from ..core.errors import LongLiveError
 from ..core.log import logger
 
 SKIPS_IN_A_ROW = 10
@@ -53,6 +55,18 @@ class SkippedSteps:
             f"the gradients of steps {first} to {self.last} are not finite: training stopped, the weights are those of step {first - 1}; "
             "use a lower training.lr or a longer training.warmup_steps, and look at the data"
         )
+
+
+@contextmanager
+def memory_advice(config: Mapping) -> Iterator[None]:
+    """Raises LongLiveError, with what to lower, in the place of an error about memory. `config`: as `config_table` gives it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        advice = no_memory(error, config)
+        if advice is None:
+            raise
+        raise LongLiveError(advice) from error
 
 
 def no_memory(error: Exception, config: Mapping) -> str | None:

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from ..config import Config
-from ..config.show import config_yaml
+from ..config.show import config_table, config_yaml
 from ..config.yaml_io import read_yaml
 from ..core.errors import InputError
 from ..core.log import launch_rank, logger
 from ..parallel.data_parallel import Replicas
 from ..parallel.mesh import Mesh
 from .failure import together
+from .guards import memory_advice
 from .trainer import LoopSettings, Task
 
 CONFIG_FILE = "config.yaml"
@@ -76,6 +77,8 @@ def training_device(name: str, local_rank: int) -> torch.device:
 def launch(config: Config, task_class: Callable[[Config, torch.device, Mesh], Task], logdir: Path | None, *, resume: bool = False) -> Iterator[Launched]:
     """Joins the other processes, draws the seed and makes the task; leaves the processes at the end. A rank that fails inside ends all.
 
+    Raises LongLiveError, with what to lower, where memory does not suffice for anything inside.
+
     `logdir` gets the configuration with the seed; with `resume` a seed that an earlier run drew there is taken again. None: nothing is written.
     """
     device_type = "cuda" if torch.cuda.is_available() and config.inference.device != "cpu" else "cpu"
@@ -83,7 +86,7 @@ def launch(config: Config, task_class: Callable[[Config, torch.device, Mesh], Ta
     if replicas.rank:
         logger.setLevel(logging.WARNING)
     try:
-        with together(replicas):
+        with together(replicas), memory_advice(config_table(config)):
             device = training_device(config.inference.device, replicas.local_rank)
             mesh = Mesh.launch(config.infra.sequence_parallel_size, device_type)
             config = config.with_overrides([f"logging.seed={_seed(config, logdir if resume else None, replicas)}"])

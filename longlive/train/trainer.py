@@ -24,7 +24,7 @@ from ..parallel.data_parallel import Replicas
 from ..parallel.fsdp import gradient_norm, is_sharded, reduce_gradients
 from .checkpoint import RunState
 from .garbage import Garbage
-from .guards import SKIPS_IN_A_ROW, Late, SkippedSteps, no_memory
+from .guards import SKIPS_IN_A_ROW, Late, SkippedSteps
 from .metrics import Metrics
 from .optim import guarded_step, learning_rate
 from .players import Player, Role
@@ -182,21 +182,15 @@ class Loop:
         return Role(name="generator", network=module, trained=module, lr=s.lr, betas=s.betas, max_grad_norm=s.max_grad_norm, ema_decay=s.ema_decay)
 
     def fit(self) -> dict[str, float]:
-        """Trains, writes weights and measurements, returns the latter. Raises LongLiveError, with what to lower, where memory does not suffice."""
-        try:
-            with StopRequest() as stop:
-                self._warm_up()
-                with Garbage(self.settings.gc_interval) as garbage:
-                    self._train(stop, garbage)
-                self._report()
-                self._export()
-                self._save()
-                self.files.wait()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            advice = no_memory(error, self.config)
-            if advice is None:
-                raise
-            raise LongLiveError(advice) from error
+        """Trains, writes weights and measurements, returns the latter."""
+        with StopRequest() as stop:
+            self._warm_up()
+            with Garbage(self.settings.gc_interval) as garbage:
+                self._train(stop, garbage)
+            self._report()
+            self._export()
+            self._save()
+            self.files.wait()
         results = self.task.finish(self.logdir) if self.writes else {}
         self.replicas.maximum(0.0)
         return results

@@ -1,5 +1,7 @@
 """What goes between ranks besides a training step: a rollout's chunks, half precision, latents of whole samples and of windows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -16,6 +18,7 @@ from longlive.models.patch import patchify
 from longlive.models.spec import VAEDims
 from longlive.models.vae_reach import exact_halo
 from longlive.models.wan_vae import WanVAE
+from longlive.parallel import ulysses
 from longlive.parallel.halo import halo_encode, halo_windows
 from longlive.parallel.mesh import Mesh
 from longlive.parallel.samples import encode_samples
@@ -135,6 +138,20 @@ def test_a_rollout_over_ranks_equals_one_rank(found, mode, sp_size):
 
 def test_an_exchange_and_its_inverse_change_no_bit(found):
     assert all(rank[sp_size]["bf16"] == 0 for rank in found for sp_size in (2, 4))
+
+
+def test_queries_keys_and_values_travel_together(monkeypatch):
+    """Two exchanges in a forward and two in its backward, whatever goes through them (spec training §9.4, B7)."""
+    sizes = []
+
+    def exchanged(received, sent, group):
+        sizes.append(sent.numel())
+        received.copy_(sent)
+
+    monkeypatch.setattr(ulysses.dist, "all_to_all_single", exchanged)
+    q, k, v = (torch.randn(1, 6, 4, 2, requires_grad=True) for _ in range(3))
+    Ulysses(lambda q, k, v, layer: q + k + v, SimpleNamespace(sp_group=None, sp_size=2))(q, k, v, 0).sum().backward()
+    assert sizes == [3 * q.numel(), q.numel(), q.numel(), 3 * q.numel()] and all(t.grad is not None for t in (q, k, v))
 
 
 def test_heads_that_do_not_divide_are_refused_on_every_rank(found):

@@ -16,7 +16,7 @@ from longlive.models import spec
 from longlive.models.light_vae import read_codec
 from longlive.models.spec import DiTDims, VAEDims
 from longlive.models.weights import MERGED_FORMAT, read_state, refuse_lora_on_merged, save_state
-from longlive.train import RunOptions, checkpoint, run, trainer
+from longlive.train import RunOptions, checkpoint, rehearse, run, trainer
 from longlive.train.diffusion import DiffusionTask
 from longlive.train.export import export_checkpoint
 
@@ -207,13 +207,17 @@ def test_steps_without_a_finite_gradient_are_skipped_and_too_many_end_the_run(ar
         run(ar_config.with_overrides(["training.max_iters=50"]), tmp_path / "one")
 
 
-def test_out_of_memory_says_what_to_lower(ar_config, tmp_path, monkeypatch):
-    def loss(self, batch):
+@pytest.mark.parametrize("when", ["loss", "__init__"])
+@pytest.mark.parametrize("what", [run, lambda config, logdir: rehearse(config)])
+def test_out_of_memory_says_what_to_lower(ar_config, tmp_path, monkeypatch, when, what):
+    """In a step and before, in a run and in a dry run."""
+
+    def fail(self, *arguments, **options):
         raise torch.OutOfMemoryError("tried to allocate 80.00 GiB")
 
-    monkeypatch.setattr(DiffusionTask, "loss", loss)
+    monkeypatch.setattr(DiffusionTask, when, fail)
     with pytest.raises(LongLiveError) as stopped:
-        run(ar_config, tmp_path)
+        what(ar_config, tmp_path)
     said = str(stopped.value)
     assert "80.00 GiB" in said and "training.batch_size(2)" in said and "image_or_video_shape[1](16 latent frames)" in said
     assert "gradient_checkpointing: true" in said and "sequence_parallel_size(1)" in said and "\n" not in said
