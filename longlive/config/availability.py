@@ -21,15 +21,15 @@ def _generate(c: Config):
 
 
 def _train(c: Config):
-    yield c.infra.model_quant, "NVFP4 (model_quant: true)", "set model_quant: false to run in bf16"
-    yield c.fp8_quant, "FP8 (fp8_quant: true)", "set fp8_quant: false to run in bf16"
     ranks, kind = c.infra.sequence_parallel_size, c.algorithm.trainer
     alone = c.adapter is not None and kind != "score_distillation"
     yield alone, f"training a LoRA (the adapter section) with trainer {kind}", "remove the adapter section and lora_ckpt to train all weights"
     yield ranks > 1 and kind != "diffusion", f"sequence parallelism (infra.sequence_parallel_size: {ranks}) of trainer {kind}", "set it to 1"
-    for name in ("generator", "real_score", "fake_score"):
-        used = c.infra.model_dump()[f"{name}_quant"]
-        yield used, f"training in NVFP4 (infra.{name}_quant: true)", f"set infra.{name}_quant: false to train in bf16"
+    for name in ("real_score", "fake_score"):
+        used = c.infra.model_dump()[f"{name}_quant"] and kind != "score_distillation"
+        yield used, f"NVFP4 of a network that trainer {kind} does not have (infra.{name}_quant: true)", f"set infra.{name}_quant: null"
+    low = (c.infra.model_quant or c.fp8_quant) and kind in ("vae", "judge")
+    yield low, f"low precision (model_quant, fp8_quant) of trainer {kind}", "set both to false"
     yield c.torch_compile is True, "torch_compile: true in training", "set it to false or auto; training.compile: true compiles the blocks"
     if kind == "diffusion":
         yield not c.algorithm.teacher_forcing, "training without teacher forcing (algorithm.teacher_forcing: false)", "set it to true"

@@ -67,7 +67,7 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class _TrainedLinear(nn.Linear):
+class TrainedLinear(nn.Linear):
     """An `nn.Linear` with the parameters of another one. `number` is its place among the layers of its network."""
 
     def __init__(self, layer: nn.Linear, moment: Moment):
@@ -78,7 +78,7 @@ class _TrainedLinear(nn.Linear):
         moment.layers += 1
 
 
-class Nvfp4Trained(_TrainedLinear):
+class Nvfp4Trained(TrainedLinear):
     """See the module. The packed weights are kept until `Moment.weights_changed`; they are no part of the state dict."""
 
     def __init__(self, layer: nn.Linear, moment: Moment, recipe: Recipe):
@@ -153,7 +153,7 @@ class _FrozenProduct(torch.autograd.Function):
         return input_gradient(dy_BMN, layer.weight4(), None, layer.recipe, seed, layer.moment.reduce).to(ctx.input), None, None
 
 
-class Fp8Trained(_TrainedLinear):
+class Fp8Trained(TrainedLinear):
     """See the module. Rows are scaled one by one, so that shards of tokens need nothing of each other."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -222,3 +222,9 @@ class TrainingConverter:
         """What a checkpoint says of how it was trained."""
         about = {"kind": self.kind} | ({} if self.kind == FP8_TRAINED else asdict(self.recipe))
         return {TRAINED_AS: json.dumps(about)}
+
+
+def weights_changed(model: nn.Module) -> None:
+    """To be called after every optimizer step: what was packed of the weights before is made anew."""
+    for moment in {id(m.moment): m.moment for m in model.modules() if isinstance(m, Nvfp4Trained)}.values():
+        moment.weights_changed()

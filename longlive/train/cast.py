@@ -27,6 +27,10 @@ from ..models.sizes import dit_dims, shapes_of
 from ..models.spec import ModelSpec
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, load_into, native_state, read_state
+from ..parallel.mesh import Mesh
+from ..precision.linear import QuantisedLinear
+from .low_precision import CRITIC as CRITIC_QUANT
+from .low_precision import GENERATOR, TEACHER, LowPrecision, low_precision, recipe_of, wants
 from .scores import Mask
 
 STUDENT, CRITIC = "generator", "critic"
@@ -66,11 +70,12 @@ class AdapterView:
 
 @dataclass(frozen=True)
 class Cast:
-    """`networks`: the distinct ones, once each."""
+    """`networks`: the distinct ones, once each. `low`: those of them that compute in low precision."""
 
     student: Voice
     teacher: Voice
     critic: Voice
+    low: tuple[LowPrecision, ...] = ()
 
     @property
     def networks(self) -> list[WanDiT]:
@@ -101,19 +106,27 @@ def read_network(place: Path, config: Config, spec: ModelSpec, device: torch.dev
 
 def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtype: torch.dtype) -> Cast:
     """Reads and adapts the networks of all roles. What trains is float32; what is frozen is in `frozen_dtype`, and shared where it can be."""
-    frozen: dict[Path, WanDiT] = {}
+    frozen: dict[tuple, WanDiT] = {}
+    low: list[LowPrecision] = []
 
-    def network(place: Path, trains: bool) -> WanDiT:
+    def read(place: Path, dtype: torch.dtype, quant: str, still: bool) -> WanDiT:
+        dit = read_network(place, config, spec, device, dtype)
+        converted = low_precision(config, quant, dit, spec, Mesh(), frozen=still)
+        low.extend([converted] if converted is not None else [])
+        return dit
+
+    def network(place: Path, trains: bool, quant: str) -> WanDiT:
         if trains:
-            return read_network(place, config, spec, device, torch.float32)
-        if place not in frozen:
-            frozen[place] = read_network(place, config, spec, device, frozen_dtype).requires_grad_(False)
-        return frozen[place]
+            return read(place, torch.float32, quant, False)
+        form = place, recipe_of(config, quant) if wants(config, quant) else None
+        if form not in frozen:
+            frozen[form] = read(place, frozen_dtype, quant, True).requires_grad_(False)
+        return frozen[form]
 
     adapter, (at_student, at_teacher, at_critic) = config.adapter, places(config, spec)
     adapted = adapter is not None and adapter.apply_to_critic
-    student, critic = network(at_student, adapter is None), network(at_critic, not adapted)
-    teacher = network(at_teacher, False)
+    student, critic = network(at_student, adapter is None, GENERATOR), network(at_critic, not adapted, CRITIC_QUANT)
+    teacher = network(at_teacher, False, TEACHER)
     for dit, name, wanted in ((student, STUDENT, adapter is not None), (critic, CRITIC, adapted)):
         if wanted:
             generator = torch.Generator().manual_seed(config.logging.seed)  # the same on every rank (spec training §9.1, D7)
@@ -124,7 +137,7 @@ def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtyp
         voice.all_branches = [branch for _, branch in branches(voice.dit)]
         for branch in voice.all_branches:
             branch.requires_grad_(True)
-    return Cast(*voices)
+    return Cast(*voices, tuple(low))
 
 
 class Merged(Mapping):
@@ -132,6 +145,7 @@ class Merged(Mapping):
 
     def __init__(self, dit: WanDiT, adapter: str, tensors: Mapping[str, torch.Tensor]):
         self.plain = {name: p.detach() for name, p in dit.named_parameters() if f".{lora.BRANCHES}." not in name}
+        self.plain |= {f"{name}.weight": layer for name, layer in dit.named_modules() if isinstance(layer, QuantisedLinear)}
         self.branches, self.tensors = dict(branches(dit, adapter)), tensors
 
     def __iter__(self):
@@ -142,6 +156,7 @@ class Merged(Mapping):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight, layer = self.plain[name], name.removesuffix(".weight")
+        weight = weight.dense(torch.float32) if isinstance(weight, QuantisedLinear) else weight
         if layer == name or layer not in self.branches:
             return weight
         a_RI, b_OR = (self.tensors[f"{lora.PUBLISHED}{layer}.lora_{side}.weight"].detach().float() for side in "AB")

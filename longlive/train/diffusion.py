@@ -32,6 +32,7 @@ from .evaluate import Evaluator
 from .export import save_generator
 from .film_step import FilmStep
 from .guards import device_memory
+from .low_precision import GENERATOR, low_precision
 from .memory import TrainingMemory, training_memory
 from .objective import FlowTarget, augmentation_range, draw_indices, flow_target, know_first_frames, mix, per_frame
 from .recycling import LATENT, Perturbed, merged_states, recycler, whole_velocities
@@ -73,6 +74,7 @@ class DiffusionTask:
         self.mixed = config.infra.mixed_precision and device.type == "cuda"
         self.clips: ClipSource = open_clips(config, spec, device, mesh)
         module, self.origin = starting_generator(config, spec, device)
+        self.low = low_precision(config, GENERATOR, module, spec, mesh)
         check_heads(module.dims.heads, mesh.sp_size)
         self.module: nn.Module = module
         self.clips.load(module.dims)
@@ -129,6 +131,8 @@ class DiffusionTask:
         return replace(batch, copies=shown.flows, context=(shown.context_BFCHW, told), disturbed=shown)
 
     def _batch(self, clips: Clips, draw: Draw) -> DiffusionBatch:
+        if self.low is not None:
+            self.low.begin(draw)
         film, mask_BF = self._film(clips, draw)
         copies, indices, known = [], [], torch.zeros(len(clips.cuts), dtype=torch.bool, device=self.device)
         noises = [_normal(clips.latents_BFCHW, draw.generator) for _ in range(self.settings.noisy_copies)]
@@ -224,7 +228,7 @@ class DiffusionTask:
         return self.evaluator.run(self.module, ema, step)
 
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
-        metadata = {**self.origin, "trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed)}
+        metadata = {**self.origin, **(self.low.metadata() if self.low else {}), "trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed)}
         save_generator(folder, dict(self.module.named_parameters()), ema, metadata)
 
     def finish(self, folder: Path) -> dict[str, float]:

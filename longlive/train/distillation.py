@@ -36,6 +36,7 @@ from .evaluate import Evaluator
 from .export import save_generator
 from .films import Films, FilmSource, film_dtype, open_films
 from .lora_export import save_adapters
+from .low_precision import GENERATOR, is_low
 from .players import Role
 from .scores import score
 from .simulation import Exits, Script, StudentRollout
@@ -82,7 +83,8 @@ class DistillationTask:
             self._ready(network)
         self.module: nn.Module = self.cast.student.dit
         self.films.load(self.module.dims)
-        self.stepper = Stepper(self.cast.student, self.spec, film_dtype(config, device)) if config.infra.rollout_copy else None
+        copied = config.infra.rollout_copy and not is_low(self.module)  # a student in low precision makes its films as it learns
+        self.stepper = Stepper(self.cast.student, self.spec, film_dtype(config, device)) if copied else None
         self.evaluator = self._evaluator(logdir) if logdir is not None and config.evaluation.interval > 0 else None
         self.roles = self._roles()
         self._kept: tuple[Step, torch.Tensor] | None = None  # the student's last rollout
@@ -137,6 +139,8 @@ class DistillationTask:
             yield Step(draw, self.films.example(0, chunks), chunks, exits)
 
     def batch(self, draw: Draw) -> Step:
+        for low in self.cast.low:
+            low.begin(draw)
         number = [role.name for role in self.roles].index(draw.player)
         shared = torch.Generator().manual_seed(seed_of(self.config.logging.seed, SHARED, draw.step, draw.micro, number))
         a, t, steps = self.config.algorithm, self.config.training, self.schedule.steps
@@ -311,6 +315,8 @@ class DistillationTask:
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
         """The student: its LoRA, with the critic's, or its weights."""
         metadata = {"trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed), "steps": str(self.schedule.steps)}
+        for low in self.cast.low:
+            metadata |= low.metadata() if low.network == GENERATOR else {}
         if self.cast.student.adapter is None:
             save_generator(folder, dict(self.module.named_parameters()), ema, metadata)
         else:

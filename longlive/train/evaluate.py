@@ -44,6 +44,7 @@ from ..parallel.fsdp import whole
 from ..parallel.mesh import Mesh
 from ..world.judge import ATTRIBUTES, Judge, score_film
 from ..world.story import WorldStory, evaluation_story
+from .low_precision import as_trained
 from .start import training_vae
 from .validation import HeldOutClip, ValidationLoss, held_out
 
@@ -155,6 +156,7 @@ class Evaluator:
         dit = build_on_meta(lambda: WanDiT(dims)).to(self.dtype).to_empty(device=self.device)
         for name, parameter in dit.named_parameters():
             parameter.copy_(whole(tensors[name]))
+        as_trained(self.config, dit, self.spec)
         return dit.eval().requires_grad_(False)
 
     def _evaluate(self, dit: WanDiT, folder: Path, suffix: str) -> dict[str, float]:

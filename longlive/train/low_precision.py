@@ -22,7 +22,8 @@ from ..precision.backends import BACKENDS, EMULATED, FP8, choose
 from ..precision.capability import probe
 from ..precision.configured import selection
 from ..precision.converter import LinearConverter, Selection
-from ..precision.training import FP8_TRAINED, NVFP4_FROZEN, NVFP4_TRAINED, Moment, Nvfp4Trained, TrainingConverter
+from ..precision.linear import QuantisedLinear
+from ..precision.training import FP8_TRAINED, NVFP4_FROZEN, NVFP4_TRAINED, Moment, TrainedLinear, TrainingConverter
 from .trainer import Draw, seed_of
 
 GENERATOR, TEACHER, CRITIC = "generator_quant", "real_score_quant", "fake_score_quant"
@@ -30,9 +31,10 @@ GENERATOR, TEACHER, CRITIC = "generator_quant", "real_score_quant", "fake_score_
 
 @dataclass(frozen=True)
 class LowPrecision:
-    """One converted network's converter, and this rank's place among those that share a sample."""
+    """One converted network's converter, the prefix of its keys, and this rank's place among those that share a sample."""
 
     converter: TrainingConverter
+    network: str
     sp_rank: int = 0
 
     def begin(self, draw: Draw) -> None:
@@ -44,7 +46,7 @@ class LowPrecision:
 
 
 def wants(config: Config, network: str) -> bool:
-    """Whether `network` (one of the three prefixes) is in NVFP4: its own switch, else `model_quant`."""
+    """Whether `network` (one of the prefixes) is in NVFP4: its own switch, else `model_quant`."""
     own = config.infra.model_dump()[network]
     return config.infra.model_quant if own is None else own
 
@@ -76,21 +78,26 @@ def _selection(config: Config, network: str) -> Selection:
 def low_precision(config: Config, network: str, model: nn.Module, spec: ModelSpec, mesh: Mesh, *, frozen: bool = False) -> LowPrecision | None:
     """Converts `model` in place as the configuration says of `network`; None where it stays in bf16.
 
-    `frozen`: the network's own weights do not train (a LoRA beside them may), so that NVFP4 drops their masters; FP8 leaves frozen networks alone. Raises
-    ConfigError for a card that cannot, and for an empty selection.
+    `frozen`: the network's own weights do not train (a LoRA beside them may), so that NVFP4 drops their masters. Raises ConfigError for a card that
+    cannot, and for an empty selection.
     """
     moment = Moment(reduce=largest_of(mesh))
     if wants(config, network):
         kind = NVFP4_FROZEN if frozen else NVFP4_TRAINED
         converter = TrainingConverter(kind=kind, recipe=recipe_of(config, network), selection=_selection(config, network), frozen=frozen, moment=moment)
-    elif config.fp8_quant and not frozen:
+    elif config.fp8_quant:
         device = next(model.parameters()).device
         choose(None, "fp8_backend", (FP8,), FP8, probe(device))
         converter = TrainingConverter(kind=FP8_TRAINED, selection=_selection(config, network), moment=moment)
     else:
         return None
     logger.warning("%s: %s", network.removesuffix("_quant"), converter.convert(model, spec).line())
-    return LowPrecision(converter, mesh.sp_rank)
+    return LowPrecision(converter, network, mesh.sp_rank)
+
+
+def is_low(model: nn.Module) -> bool:
+    """Whether any layer of `model` computes in low precision."""
+    return any(isinstance(layer, (QuantisedLinear, TrainedLinear)) for layer in model.modules())
 
 
 def largest_of(mesh: Mesh) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -114,9 +121,3 @@ def as_trained(config: Config, model: nn.Module, spec: ModelSpec) -> None:
         LinearConverter(backend=BACKENDS[EMULATED], selection=_selection(config, GENERATOR), **how).convert(model, spec)
     elif config.fp8_quant:
         LinearConverter(backend=BACKENDS[FP8], selection=_selection(config, GENERATOR)).convert(model, spec)
-
-
-def weights_changed(model: nn.Module) -> None:
-    """To be called after every optimizer step: what was packed of the weights before is made anew."""
-    for moment in {id(m.moment): m.moment for m in model.modules() if isinstance(m, Nvfp4Trained)}.values():
-        moment.weights_changed()

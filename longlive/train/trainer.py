@@ -22,6 +22,7 @@ from ..core.errors import Interrupted, LongLiveError
 from ..core.log import logger
 from ..parallel.data_parallel import Replicas
 from ..parallel.fsdp import gradient_norm, is_sharded, reduce_gradients
+from ..precision.training import weights_changed
 from .checkpoint import RunState
 from .garbage import Garbage
 from .guards import SKIPS_IN_A_ROW, Late, SkippedSteps
@@ -275,6 +276,7 @@ class Loop:
         refused = norm.isfinite().logical_not().float()
         nn.utils.clip_grads_with_norm_(player.parameters, player.role.max_grad_norm, norm)
         guarded_step(parts(player.optimizer), refused)
+        weights_changed(player.network)
         player.optimizer.zero_grad(set_to_none=True)
         return {"loss": total, "grad_norm": norm, **columns}, refused
 

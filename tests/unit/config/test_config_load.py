@@ -244,15 +244,15 @@ def test_what_is_not_available_says_so():
     from longlive.config import availability
 
     for source, purpose in (
-        ({"model_quant": True}, "train"),
-        ({"fp8_quant": True}, "train"),
+        ({"trainer": "vae", "model_quant": True}, "train"),
+        ({"trainer": "vae", "fp8_quant": True}, "train"),
         ({"adapter": {}}, "train"),
         ({**CHUNK8, "sp_size": 2}, "generate"),
         ({"torch_compile": True}, "generate"),
         ({"trainer": "diffusion", "teacher_forcing": True, "adapter": {"rank": 4}}, "train"),
         ({"trainer": "vae", "training": {"error_recycling": {"enabled": True}}}, "train"),
         ({**CHUNK8, "trainer": "vae", "infra": {"sequence_parallel_size": 2}}, "train"),
-        ({**FORCED, "generator_quant": True}, "train"),
+        ({**FORCED, "real_score_quant": True}, "train"),
         ({**FORCED, "torch_compile": True}, "train"),
         ({**FORCED, "causal": False}, "train"),
         ({**FORCED, "num_train_timestep": 500}, "train"),
