@@ -23,6 +23,7 @@ from ..ops.heads import Heads, norm_rope_write
 from ..ops.linear import joint_linear, lay_side_by_side, linear_gelu
 from ..ops.norm import rms_norm
 from ..ops.residual import add_gated, add_norm, add_norm_modulate, norm_modulate
+from ..ops.text_attention import text_attention
 from .record import Record, surroundings
 from .timing import timed
 
@@ -71,7 +72,7 @@ def bench_fused(settings: FusedSettings, path: Path | None, report: Callable[[st
     record = Record(path, head)
     for name, value in {**head["surroundings"], **rates, "tokens": tokens}.items():
         report(f"{name:18s} {value}")
-    for case in [*cases(spec.dit, device), *library_cases(spec.dit, settings, device)]:
+    for case in [*cases(spec.dit, settings.text, device), *library_cases(spec.dit, settings, device)]:
         record.start({"operation": case.name})
         record.finish(_measure(case, tokens, device, rates, settings.repeats))
         report(_line(record.cases[-1]))
@@ -89,7 +90,7 @@ def device_rates(device: torch.device) -> dict[str, float]:
     return {"bytes_per_second": 2 * large / copy, "operations_per_second": 2 * side**3 / product}
 
 
-def cases(dims: DiTDims, device: torch.device) -> list[Case]:
+def cases(dims: DiTDims, text: int, device: torch.device) -> list[Case]:
     """The operations of a block that have a reference."""
     D, d, random = dims.dim, dims.head_dim, _random(device)
 
@@ -138,7 +139,14 @@ def cases(dims: DiTDims, device: torch.device) -> list[Case]:
         x = random(1, tokens, D, dtype=dtype)
         return Work(lambda x: joint_linear(x, *layers), x, 4 * x.nbytes + 6 * D * D, 6.0 * tokens * D * D)
 
+    def read_text(tokens: int, dtype: torch.dtype):
+        q = random(1, tokens, dims.heads, d, dtype=dtype)
+        k, v = random(2, 1, text, dims.heads, d, dtype=dtype)
+        bias, rows = torch.zeros(1, text, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        return Work(lambda q: text_attention(q, k, v, bias, rows), q, 2 * q.nbytes + 2 * k.nbytes, 4.0 * tokens * text * D)
+
     return [
+        Case("attention to the text", read_text),
         Case("norm, modulate", residual(False, False, "modulated")),
         Case("gate, add, norm", residual(True, True, "affine")),
         Case("add, norm, modulate", residual(True, False, "modulated")),
@@ -163,22 +171,17 @@ def library_cases(dims: DiTDims, settings: FusedSettings, device: torch.device) 
 
         return run
 
-    def attend(keys: int | None, bias: bool):
-        def run(tokens: int, dtype: torch.dtype):
-            M = keys or settings.window // CHUNK_FRAMES * tokens
-            q = random(1, tokens, dims.heads, d, dtype=dtype)
-            k, v = random(2, 1, M, dims.heads, d, dtype=dtype)
-            added = torch.zeros(1, 1, 1, M, device=device, dtype=dtype) if bias else None
-            return Work(lambda q: attention(q, k, v, added), q, 2 * q.nbytes + 2 * k.nbytes, 4.0 * tokens * M * D)
-
-        return run
+    def attend(tokens: int, dtype: torch.dtype):
+        M = settings.window // CHUNK_FRAMES * tokens
+        q = random(1, tokens, dims.heads, d, dtype=dtype)
+        k, v = random(2, 1, M, dims.heads, d, dtype=dtype)
+        return Work(lambda q: attention(q, k, v), q, 2 * q.nbytes + 2 * k.nbytes, 4.0 * tokens * M * D)
 
     return [
         Case(f"linear {D} -> {D}", linear(D, D), reference=False),
         Case(f"linear {D} -> {dims.ffn}", linear(D, dims.ffn), reference=False),
         Case(f"linear {dims.ffn} -> {D}", linear(dims.ffn, D), reference=False),
-        Case("self-attention, full window", attend(None, False), reference=False),
-        Case("cross-attention", attend(settings.text, True), reference=False),
+        Case("self-attention, full window", attend, reference=False),
     ]
 
 

@@ -21,11 +21,11 @@ from torch import nn
 from ..core.errors import InputError
 from ..core.geometry import PATCH
 from ..core.tokens import Tokens
-from ..ops.attention import attention
 from ..ops.heads import Heads, attend_heads
 from ..ops.linear import joint_linear, linear_gelu
 from ..ops.norm import rms_norm
 from ..ops.residual import add_gated, add_norm, add_norm_modulate, norm_modulate
+from ..ops.text_attention import text_attention
 from .spec import DiTDims
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -97,11 +97,8 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     def forward(self, h_BND: torch.Tensor, prompt_BG: torch.Tensor, kv: KeysValues, bias_RM: torch.Tensor) -> torch.Tensor:
         """Each of the G groups of N / G consecutive tokens reads the row of `kv` that `prompt_BG` names."""
-        rows = prompt_BG.flatten()
         q = self.queries(h_BND).unflatten(1, (prompt_BG.shape[1], -1)).flatten(0, 1)
-        k, v = (t.index_select(0, rows) for t in kv)
-        bias = bias_RM.index_select(0, rows).to(q.dtype)[:, None, None, :]
-        return self.o(attention(q, k.to(q.dtype), v.to(q.dtype), bias).reshape(h_BND.shape))
+        return self.o(text_attention(q, *kv, bias_RM, prompt_BG.flatten()).flatten(2).unflatten(0, prompt_BG.shape).flatten(1, 2))
 
 
 class Norm3(nn.Module):

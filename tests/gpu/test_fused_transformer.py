@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from kernels_here import DEVICE, GPU_ONLY, MARKS, apart, close, random
+from kernels_here import DEVICE, GPU_ONLY, INTERPRETED, MARKS, apart, close, random
 
 from longlive.ops import heads as heads_op
 from longlive.ops import linear as linear_op
 from longlive.ops import residual as residual_op
+from longlive.ops.attention import attention
 from longlive.ops.heads import Heads
 from longlive.ops.modulate import gated_add, modulate
 from longlive.ops.norm import layer_norm, rms_norm
@@ -109,6 +110,23 @@ def test_norm_heads(batch, tokens, count, head_dim, dtype):
     rope = tables(1, tokens, head_dim)  # one table for all samples
     turned = apply_rope(truth.unflatten(-1, (count, head_dim)), *wide(*rope))
     close(norm_heads(heads.k_BND, heads.weight_k, EPS, head_dim, rope), turned, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16])  # the interpreter multiplies no bfloat16 matrices
+@pytest.mark.parametrize(
+    "groups, queries, rows, keys, count, head_dim", [(1, 5, 1, 3, 2, 8), (3, 130, 2, 70, 2, 16), (2, 65, 4, 144, 1, 64), (1, 33, 2, 16, 2, 128)]
+)
+def test_text_attention(groups, queries, rows, keys, count, head_dim, dtype):
+    from longlive.ops.triton_text import text_attention as fused_attention
+
+    q = random(groups, queries, count, head_dim, seed=1, dtype=dtype)
+    k, v = (random(rows, keys, count, head_dim, seed=i, dtype=dtype) for i in (2, 3))
+    bias = random(rows, keys, seed=4).masked_fill(random(rows, keys, seed=5) > 0.5, -torch.inf)
+    bias[:, -1] = 3.5  # one key that stands for many
+    chosen = torch.arange(groups, device=DEVICE) * 7 % rows
+    truth = attention(q.double(), *(t.double().index_select(0, chosen) for t in (k, v)), bias.double().index_select(0, chosen)[:, None, None], kernel="math")
+    found = fused_attention(q, k, v, bias, chosen)
+    assert found.isfinite().all() and apart(found, truth) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @GPU_ONLY
