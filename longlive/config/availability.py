@@ -24,7 +24,7 @@ def _train(c: Config):
     ranks, kind = c.infra.sequence_parallel_size, c.algorithm.trainer
     alone = c.adapter is not None and kind != "score_distillation"
     yield alone, f"training a LoRA (the adapter section) with trainer {kind}", "remove the adapter section and lora_ckpt to train all weights"
-    yield ranks > 1 and kind != "diffusion", f"sequence parallelism (infra.sequence_parallel_size: {ranks}) of trainer {kind}", "set it to 1"
+    yield ranks > 1 and kind in ("vae", "judge"), f"sequence parallelism (infra.sequence_parallel_size: {ranks}) of trainer {kind}", "set it to 1"
     for name in ("real_score", "fake_score"):
         used = c.infra.model_dump()[f"{name}_quant"] and kind != "score_distillation"
         yield used, f"NVFP4 of a network that trainer {kind} does not have (infra.{name}_quant: true)", f"set infra.{name}_quant: null"

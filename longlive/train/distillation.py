@@ -27,7 +27,7 @@ from ..engine.pipeline import rollout_settings
 from ..models.spec import model_spec
 from ..models.wan_dit import TextContext, WanDiT
 from ..parallel.apply import Plan, apply
-from ..parallel.mesh import Mesh
+from ..parallel.mesh import Mesh, check_heads
 from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, make_cast
 from .clips import Words
 from .compiled import RotatedAhead, checkpoint_blocks, compile_blocks
@@ -80,6 +80,7 @@ class DistillationTask:
         self.films: FilmSource = open_films(config, self.spec, device, mesh)
         self.cast: Cast = make_cast(config, self.spec, device, film_dtype(config, device))
         for network in self.cast.networks:
+            check_heads(network.dims.heads, mesh.sp_size)
             self._ready(network)
         self.module: nn.Module = self.cast.student.dit
         self.films.load(self.module.dims)
@@ -217,7 +218,7 @@ class DistillationTask:
         known = None if films.first_B1CHW is None else KnownFrames(films.first_B1CHW)
         if not self.config.algorithm.backward_simulation:
             return self._off_policy(step, dit, noise)
-        rollout = StudentRollout(dit, self.rollout, phase=lambda: self._phase(cached=torch.is_grad_enabled()))
+        rollout = StudentRollout(dit, self.rollout, phase=lambda: self._phase(cached=torch.is_grad_enabled()), mesh=self.mesh)
         return rollout.run(noise, self._script(step), self._text(dit, films.words), step.exits, known=known, stepper=free)
 
     def _off_policy(self, step: Step, dit: WanDiT, noise: torch.Tensor) -> torch.Tensor:
@@ -229,7 +230,7 @@ class DistillationTask:
         sigma_BF = levels[drawn_Bc].repeat_interleave(f, 1).masked_fill(known, 0.0)
         clean = films.latents_BFCHW
         noisy = add_noise(clean, noise, sigma_BF.float())
-        velocity = score(dit, self._text(dit, films.words), self._film(step), self.cast.student.mask, noisy, sigma_BF, clean)
+        velocity = score(dit, self._text(dit, films.words), self._film(step), self.cast.student.mask, noisy, sigma_BF, clean, mesh=self.mesh)
         return torch.where(known[..., None, None, None], clean, x0_from_velocity(noisy, velocity, sigma_BF))
 
     def _levels(self) -> list[float]:
@@ -294,7 +295,7 @@ class DistillationTask:
     def _score(self, voice: Voice, dit: WanDiT, words: Words, film: Film, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What the role says of (noisy film, its levels, the clean film)."""
         ahead = self._compiled(dit) and voice.mask != "bidirectional"
-        return score(dit, self._text(dit, words), film, voice.mask, *given, **({"wrap": RotatedAhead} if ahead else {}))
+        return score(dit, self._text(dit, words), film, voice.mask, *given, **({"wrap": RotatedAhead} if ahead else {}), mesh=self.mesh)
 
     # ------------------------------------------------------------ what is kept and written
 

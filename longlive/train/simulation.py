@@ -2,7 +2,8 @@
 
 A chunk is denoised without gradients up to its exit step; there the network is asked once more, with gradients, and the clean latents that its velocity
 points at are the chunk. They are committed at noise level 0, without gradients, for later chunks to read (spec training §6.2; D3, D5, D20).
-Windows, pins, shot offsets and prompts are each sample's own (D9). A rollout may go on from where another ended.
+Windows, pins, shot offsets and prompts are each sample's own (D9). A rollout may go on from where another ended. Ranks that share a sample hold
+frames of a chunk while they compute and heads while they attend; latents are a thousandth of that, and whole on each.
 
 Legend: B batch, F latent frames, c chunks, C latent channels, H W latent rows and columns.
 """
@@ -26,6 +27,10 @@ from ..diffusion.samplers import Schedule, combine, unipc
 from ..engine.rollout import RolloutSettings
 from ..models.patch import patchify, unpatchify
 from ..models.wan_dit import Attend, TextContext, WanDiT
+from ..parallel.gather import gather_frames
+from ..parallel.mesh import Mesh
+from ..parallel.shard import Layout
+from ..parallel.ulysses import Ulysses
 
 Commit = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -80,8 +85,10 @@ class StudentRollout:
         *,
         phase: Callable[[], AbstractContextManager] = nullcontext,
         wrap: Callable[[RolledOut], Attend] = lambda attend: attend,
+        mesh: Mesh = Mesh(),
     ):
-        self.dit, self.settings, self.phase, self.wrap = dit, settings, phase, wrap
+        self.dit, self.settings, self.phase, self.wrap, self.mesh = dit, settings, phase, wrap, mesh
+        self.layout = Layout(film=settings.chunk_frames, ranks=mesh.sp_size)  # of one chunk
         self.schedule = unipc(settings.steps, settings.shift)
         self.pages: Pages | None = None
         self.standing: Standing | None = None
@@ -129,7 +136,8 @@ class StudentRollout:
         with self.phase():
             cast = torch.is_autocast_enabled(noise.device.type)
         dtype = torch.get_autocast_dtype(noise.device.type) if cast else self.dit.patch_embedding.weight.dtype
-        self.pages = Pages(dims.layers, batch, carried + chunks, tokens, dims.heads, dims.head_dim, device=noise.device, dtype=dtype)
+        heads = dims.heads // self.mesh.sp_size
+        self.pages = Pages(dims.layers, batch, carried + chunks, tokens, heads, dims.head_dim, device=noise.device, dtype=dtype)
         if before is None:
             self.standing = Standing(0, (0,) * batch, (Window(),) * batch, ({},) * batch)
             return 0
@@ -164,6 +172,7 @@ class _Chunk:
         slots = [{**s, chunk: own} for s in before.slots]
         self.closed = Standing(chunk + 1, shots, tuple(closed), tuple({c: s[c] for c in w.slots} for s, w in zip(slots, closed)))
         self.tokens = _tokens(settings, chunk, shots, noise.shape[-2:], noise.device)
+        self.own_tokens = rollout.layout.shard_tokens(self.tokens, rollout.mesh.sp_rank)
         self.known = nothing_known(noise) if known is None else known.part(chunk * f, f)
         self.attends = [self._attend(windows, slots, own) for windows in (opened, closed)]
 
@@ -171,13 +180,16 @@ class _Chunk:
         r = self.rollout
         visible = [[s[c] for c in w.order if c != self.chunk] for w, s in zip(windows, slots)]
         options = {"relative": r.settings.relative, "t_scale": r.settings.t_scale}
-        return r.wrap(RolledOut(r.pages, own, visible, self.tokens, r.dit.dims.head_dim, **options))
+        attend = r.wrap(RolledOut(r.pages, own, visible, self.tokens, r.dit.dims.head_dim, **options))
+        return attend if r.mesh.sp_size == 1 else Ulysses(attend, r.mesh, r.layout)
 
     def _ask(self, asked: Asked, x_BFCHW: torch.Tensor, sigma: float, attend: Attend, until: str = "velocity") -> torch.Tensor | None:
+        r, tokens = self.rollout, self.own_tokens
         told = self.known.levels(torch.full(x_BFCHW.shape[:2], sigma, dtype=torch.float64, device=x_BFCHW.device))
-        with self.rollout.phase():
-            out = asked.dit(patchify(x_BFCHW), self.tokens, told, asked.text, attend, until)
-        return None if out is None else wide(unpatchify(out, x_BFCHW.shape[1], self.tokens.height, self.tokens.width))
+        x, told = (r.layout.shard(part, r.mesh.sp_rank) for part in (x_BFCHW, told))
+        with r.phase():
+            out = asked.dit(patchify(x), tokens, told, asked.text, attend, until)
+        return None if out is None else gather_frames(wide(unpatchify(out, x.shape[1], tokens.height, tokens.width)), r.mesh)
 
     def sample(self, noise: torch.Tensor, exits: Exits, number: int) -> torch.Tensor:
         """The chunk's clean latents at its exit step."""

@@ -134,7 +134,7 @@ def test_the_critic_is_told_the_velocity_itself(tmp_path, monkeypatch):
     """D8: what is compared with noise - x is the velocity, not one that was made of a rounded x0."""
     task, told = toy_task(tmp_path), {}
 
-    def answer(dit, text, film, mask, noisy, sigma, clean, wrap=None):
+    def answer(dit, text, film, mask, noisy, sigma, clean, **how):
         told["v"] = torch.full_like(noisy, 0.5).bfloat16()
         return told["v"].requires_grad_(True)
 
