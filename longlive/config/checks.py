@@ -10,7 +10,7 @@ from .root import Config
 
 def check(config: Config, label: str) -> None:
     """Raises ConfigError (prefixed by `label`) for the first rule that `config` breaks."""
-    for rule in (_chunks, _window, _shape, _precision, _image, _ranks, _training):
+    for rule in (_chunks, _window, _shape, _precision, _image, _ranks, _training, _distillation):
         problem = rule(config)
         if problem:
             raise ConfigError(f"{label}: {problem}")
@@ -109,8 +109,6 @@ def _training(c: Config) -> str | None:
     if p > 1 and c.model_num_heads % p:
         return f"model_num_heads({c.model_num_heads}) % sequence_parallel_size({p}) = {c.model_num_heads % p}, not 0: every rank takes equal heads"
     t = c.training
-    if c.algorithm.trainer == "score_distillation" and not t.min_num_training_frames <= t.num_training_frames:
-        return f"min_num_training_frames({t.min_num_training_frames}) > num_training_frames({t.num_training_frames}); swap them"
     if not t.max_iters and not t.max_seconds:
         return "training.max_iters(0) and training.max_seconds(0.0): the run would never end; set one of them"
     if c.algorithm.noise_augmentation_max_timestep and t.context_noise:
@@ -122,4 +120,25 @@ def _training(c: Config) -> str | None:
         return f"world.min_shots({c.world.min_shots}) > world.max_shots({c.world.max_shots}); swap them"
     if c.data.min_latent_frames % n:
         return f"data.min_latent_frames({c.data.min_latent_frames}) % num_frame_per_block({n}) = {c.data.min_latent_frames % n}, not 0"
+    return None
+
+
+def _distillation(c: Config) -> str | None:
+    if c.algorithm.trainer != "score_distillation":
+        return None
+    t, n, p, frames = c.training, c.chunk_frames, c.infra.sequence_parallel_size, c.data.image_or_video_shape[1]
+    for key in ("min_num_training_frames", "num_training_frames", "slice_last_frames"):
+        count = getattr(t, key)
+        if count % n:
+            return f"training.{key}({count}) % num_frame_per_block({n}) = {count % n}, not 0: a rollout is whole chunks; use {max(1, round(count / n)) * n}"
+    if t.min_num_training_frames > t.num_training_frames:
+        return f"min_num_training_frames({t.min_num_training_frames}) > num_training_frames({t.num_training_frames}); swap them"
+    if t.num_training_frames > frames:
+        return f"training.num_training_frames({t.num_training_frames}) > image_or_video_shape[1]({frames}): the films are not that long; raise the latter"
+    if n % p:
+        return f"num_frame_per_block({n}) % sequence_parallel_size({p}) = {n % p}, not 0: ranks share every chunk of a rollout; use 1, 2, 4 or 8"
+    if not c.algorithm.backward_simulation and c.data.data_path is None:
+        return "algorithm.backward_simulation(false) noises films of the data, and data.data_path is null; give a folder of videos, or set it to true"
+    if t.optimizer != "adamw":
+        return f"training.optimizer({t.optimizer}) with trainer score_distillation: student and critic learn with adamw; set it to adamw"
     return None

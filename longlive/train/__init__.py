@@ -100,13 +100,14 @@ def run(config: Config, logdir: Path, options: RunOptions = RunOptions()) -> dic
 
 
 def rehearse(config: Config) -> Rehearsal:
-    """Checks configuration, data and weights, estimates memory, and takes one step of the diffusion trainer. Writes nothing.
+    """Checks configuration, data and weights, estimates memory, and takes one step of the diffusion or distillation trainer. Writes nothing.
 
     Of the procedural world only as many clips are rendered as a batch holds. Raises InputError or ConfigError as `run` would.
     """
-    from .rehearsal import rehearse as rehearse_diffusion
+    from .rehearsal import rehearse as rehearse_task
 
     availability(config, "train")
-    if config.algorithm.trainer != "diffusion":
-        raise InputError(f"a dry run is for trainer diffusion, not {config.algorithm.trainer}; train it with training.max_iters=1 in a folder of its own")
-    return rehearse_diffusion(config, _diffusion(None))
+    tasks = {"diffusion": _diffusion, "score_distillation": _distillation}
+    if (kind := config.algorithm.trainer) not in tasks:
+        raise InputError(f"a dry run is for trainers {' and '.join(tasks)}, not {kind}; train it with training.max_iters=1 in a folder of its own")
+    return rehearse_task(config, tasks[kind](None))

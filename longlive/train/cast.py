@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from ..config.root import Config
+from ..core.errors import ConfigError
 from ..engine.parts import generator_path, model_config
 from ..models import lora
 from ..models.joint import join_projections
-from ..models.lora import Branch, branches
+from ..models.lora import Adapter, Branch, branches
+from ..models.lora_files import holds_lora, read_lora
 from ..models.sizes import dit_dims, shapes_of
 from ..models.spec import ModelSpec
 from ..models.wan_dit import WanDiT
@@ -130,7 +132,11 @@ def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtyp
     for dit, name, wanted in ((student, STUDENT, adapter is not None), (critic, CRITIC, adapted)):
         if wanted:
             generator = torch.Generator().manual_seed(config.logging.seed)  # the same on every rank (spec training §9.1, D7)
-            lora.attach(dit, spec, adapter.fresh_rank, adapter.alpha, adapter.dropout, generator, name=name)
+            started = starting_adapter(config, name)
+            rank, alpha = (adapter.fresh_rank, adapter.alpha) if started is None else (started.rank, started.alpha)
+            lora.attach(dit, spec, rank, alpha, adapter.dropout, generator, name=name)
+            if started is not None:
+                lora.load_adapter_state(dit, published(started), name)
     names = (STUDENT if adapter else None, None, CRITIC if adapted else None)
     voices = [Voice(dit, name, mask) for dit, name, mask in zip((student, teacher, critic), names, ("causal", *masks(config)))]
     for voice in voices:
@@ -138,6 +144,28 @@ def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtyp
         for branch in voice.all_branches:
             branch.requires_grad_(True)
     return Cast(*voices, tuple(low))
+
+
+def starting_adapter(config: Config, name: str) -> Adapter | None:
+    """What a LoRA starts from: the entry of its name in `checkpoints.lora_ckpt`, weights only; None: from nothing.
+
+    Raises ConfigError for several files, and where its rank is not `adapter.rank`.
+    """
+    path = config.checkpoints.lora_ckpt
+    if path is None or not holds_lora(path if isinstance(path, str) else path[0], f"{name}_lora"):
+        return None
+    if not isinstance(path, str):
+        raise ConfigError(f"checkpoints.lora_ckpt names {len(path)} files: a student starts from one LoRA; give one")
+    found = read_lora(path, name=name, entry=f"{name}_lora").with_alpha(config.adapter.alpha or config.adapter.fresh_rank)
+    if found.rank is None or config.adapter.rank not in (None, found.rank):
+        raise ConfigError(f"adapter.rank({config.adapter.rank}) but {path} has rank {found.rank or 'that differs between layers'}; remove adapter.rank")
+    return found
+
+
+def published(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Its matrices under the published names."""
+    sides = ((name, layer, side) for name, layer in adapter.layers.items() for side in "AB")
+    return {f"{lora.PUBLISHED}{name}.lora_{side}.weight": layer.a_RI if side == "A" else layer.b_OR for name, layer, side in sides}
 
 
 class Merged(Mapping):
@@ -169,7 +197,7 @@ class Stepper:
     A step of the solver is then a plain forward. It takes the memory of one more network.
     """
 
-    def __init__(self, voice: Voice, spec: ModelSpec, dtype: torch.dtype):
+    def __init__(self, voice: Voice, dtype: torch.dtype):
         source = voice.dit
         self.dit = build_on_meta(lambda: WanDiT(source.dims)).to(dtype).to_empty(device=next(source.parameters()).device).eval().requires_grad_(False)
         join_projections(self.dit)

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..cache.attend import visible_tensor
 from ..config.root import Config
+from ..core.errors import ConfigError
 from ..core.log import logger
 from ..diffusion.flow import add_noise, x0_from_velocity
 from ..diffusion.known import KnownFrames
@@ -27,10 +28,12 @@ from ..engine.pipeline import rollout_settings
 from ..models.spec import model_spec
 from ..models.wan_dit import TextContext, WanDiT
 from ..parallel.apply import Plan, apply
+from ..parallel.fsdp import is_sharded
 from ..parallel.mesh import Mesh, check_heads
 from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, make_cast
 from .clips import Words
 from .compiled import RotatedAhead, checkpoint_blocks, compile_blocks
+from .distillation_memory import distillation_memory
 from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_timesteps, guided, off_policy_levels, score_timesteps
 from .evaluate import Evaluator
 from .export import save_generator
@@ -79,13 +82,18 @@ class DistillationTask:
         self.schedule = unipc(self.rollout.steps, self.rollout.shift)
         self.films: FilmSource = open_films(config, self.spec, device, mesh)
         self.cast: Cast = make_cast(config, self.spec, device, film_dtype(config, device))
-        for network in self.cast.networks:
-            check_heads(network.dims.heads, mesh.sp_size)
-            self._ready(network)
         self.module: nn.Module = self.cast.student.dit
         self.films.load(self.module.dims)
         copied = config.infra.rollout_copy and not is_low(self.module)  # a student in low precision makes its films as it learns
-        self.stepper = Stepper(self.cast.student, self.spec, film_dtype(config, device)) if copied else None
+        self.stepper = Stepper(self.cast.student, film_dtype(config, device)) if copied else None
+        doubled, copy = self.cast.critic.mask == "teacher_forced", self.stepper.dit if self.stepper is not None else None
+        self.memory = distillation_memory(config, self.cast.networks, copy, doubled=doubled, world=mesh.size, mixed=self.mixed)
+        for network in self.cast.networks:
+            check_heads(network.dims.heads, mesh.sp_size)
+            self._ready(network)
+        if copied and is_sharded(self.module):
+            split = f"infra.rollout_copy(true) copies whole weights, and infra.sharding_strategy({config.infra.sharding_strategy}) has split them"
+            raise ConfigError(f"{split}; set rollout_copy: false, or sharding_strategy: no_shard")
         self.evaluator = self._evaluator(logdir) if logdir is not None and config.evaluation.interval > 0 else None
         self.roles = self._roles()
         self._kept: tuple[Step, torch.Tensor] | None = None  # the student's last rollout
@@ -111,7 +119,9 @@ class DistillationTask:
         return self.config.training.compile and network is self.cast.critic.dit and self.cast.critic.adapter is None
 
     def _evaluator(self, logdir: Path) -> Evaluator:
-        evaluator = Evaluator(self.config, logdir, self.device, self.mesh)
+        """The student's films need no guidance: its teacher's is in it."""
+        config = self.config if self.config.inference.guidance_scale == 1 else self.config.with_overrides(["inference.guidance_scale=1.0"])
+        evaluator = Evaluator(config, logdir, self.device, self.mesh)
         evaluator.check()
         return evaluator
 
@@ -127,6 +137,11 @@ class DistillationTask:
         name, prefix = name + ("_lora" if voice.adapter else ""), "" if name == STUDENT else f"{name}_"
         rates = {"lr": lr, "betas": betas, "max_grad_norm": clip, "ema_decay": ema}
         return Role(name=name, network=voice.dit, trained=trained, every=every, prefix=prefix, **rates)
+
+    @property
+    def clips(self) -> FilmSource:
+        """What a dry run reports of the data."""
+        return self.films
 
     # ------------------------------------------------------------ what a step is about
 

@@ -44,7 +44,8 @@ class Films:
 class FilmSource(Protocol):
     """Where films come from. Making one opens the data and reads no weights; `load` comes before everything else."""
 
-    title: str
+    title: str  # what the data are, for reports
+    frames: int  # latent frames of the longest film
     text: PaddedText
 
     def load(self, dims: DiTDims) -> None: ...
@@ -85,7 +86,7 @@ class PromptFilms:
         self.config, self.spec, self.device, self.mesh = config, spec, device, mesh
         if config.data.data_path is None:
             raise InputError("data.data_path is not set; give a file of prompts or a folder of captions")
-        self.chunks = config.training.num_training_frames // config.chunk_frames
+        self.frames, self.chunks = config.training.num_training_frames, config.training.num_training_frames // config.chunk_frames
         boards = read_path(Path(config.data.data_path), self.chunks, source_settings(config))
         self.plans = [plan(board, self.chunks, config.data.scene_cut_prefix) for board in boards]
         self.title = f"{len(self.plans)} films in {config.data.data_path}"
@@ -130,7 +131,7 @@ class ClipFilms:
         from .video_clips import VideoClips
 
         self.clips, self.config, self.device = VideoClips(config, spec, device, mesh), config, device
-        self.title = self.clips.title
+        self.title, self.frames = self.clips.title, config.training.num_training_frames
 
     def load(self, dims: DiTDims) -> None:
         self.clips.load(dims)

@@ -39,7 +39,7 @@ class Rehearsal:
 
 
 def rehearse(config: Config, task_class: Callable) -> Rehearsal:
-    """One step of `task_class`, which is the diffusion trainer's. Every rank of a launch must call it."""
+    """One step of `task_class`, the diffusion or distillation trainer's. Every rank of a launch must call it."""
     if config.data.data_path is None:
         config = config.with_overrides([f"world.clips={config.training.batch_size}", "world.refresh=0"])
     with launch(config, task_class, None) as ready, tempfile.TemporaryDirectory() as folder:

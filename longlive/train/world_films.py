@@ -30,7 +30,8 @@ class WorldFilms:
 
     def __init__(self, config: Config, spec: ModelSpec, device: torch.device, mesh: Mesh):
         self.config, self.spec, self.device = config, spec, device
-        world, self.chunks = config.world, config.training.num_training_frames // config.chunk_frames
+        world, self.frames = config.world, config.training.num_training_frames
+        self.chunks = self.frames // config.chunk_frames
         self.title = f"{world.clips} stories of the procedural world (seed {world.seed})"
         self.source = StorySource(
             seed=world.seed,

@@ -159,7 +159,7 @@ def test_a_lora_student_has_shot_offsets():
 def test_steps_without_gradients_on_a_merged_copy():
     dit = with_lora()
     voice = Voice(dit, "generator", "causal", [branch for _, branch in branches(dit)])
-    stepper = Stepper(voice, SPEC, torch.float64)
+    stepper = Stepper(voice, torch.float64)
     x = simulated(dit, steps=(1, 1, 0, 1, 1, 0))
     merged = simulated(dit, steps=(1, 1, 0, 1, 1, 0), stepper=(stepper.current(), text_of(stepper.dit)))
     torch.testing.assert_close(merged, x, rtol=0, atol=1e-5)

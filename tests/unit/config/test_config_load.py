@@ -117,6 +117,8 @@ def test_bad_values_name_key_value_and_rule(tmp_path, text, parts):
 
 CHUNK8 = {"num_frame_per_block": 8}
 FORCED = {"teacher_forcing": True}
+DMD = {**CHUNK8, "trainer": "score_distillation"}
+ROLLOUT = {"min_num_training_frames": 32, "num_training_frames": 32, "slice_last_frames": 32}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,11 @@ FORCED = {"teacher_forcing": True}
             {"position_gap": 64, "visibility": "window", "use_relative_rope": True, "local_attn_size": 3},
             "position_gap(64) has no meaning for positions inside the window",
         ),
+        ({**DMD, "training": {**ROLLOUT, "num_training_frames": 21}}, "training.num_training_frames(21) % num_frame_per_block(8) = 5"),
+        ({**DMD, "training": {**ROLLOUT, "min_num_training_frames": 40}}, "min_num_training_frames(40) > num_training_frames(32)"),
+        ({**DMD, "training": ROLLOUT, "image_or_video_shape": [1, 24, 48, 44, 80]}, "num_training_frames(32) > image_or_video_shape[1](24)"),
+        ({**DMD, "training": ROLLOUT, "backward_simulation": False}, "backward_simulation(false) noises films of the data"),
+        ({**DMD, "training": {**ROLLOUT, "optimizer": "muon"}}, "optimizer(muon) with trainer score_distillation"),
         ({**CHUNK8, "infra": {"sequence_parallel_size": 5}}, "[1](128) % (sequence_parallel_size(5) x num_frame_per_block(8)) = 8"),
     ],
 )

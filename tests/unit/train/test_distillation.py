@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dmd_toys import distillation, draw_of, gradients, toy_task, write_generator
+from dmd_toys import SHAPE, distillation, draw_of, gradients, toy_task, write_generator
 from train_toys import shrink_tiny
 
 from longlive.config import load_config
-from longlive.core.errors import CheckpointError
+from longlive.core.errors import CheckpointError, ConfigError
 from longlive.engine.adapters import configured_adapters
 from longlive.models import spec
 from longlive.models.lora_files import read_lora
 from longlive.models.weights import read_state
 from longlive.parallel.mesh import Mesh
-from longlive.train import RunOptions, checkpoint, run
+from longlive.train import RunOptions, checkpoint, rehearse, run
 from longlive.train import distillation as module
 from longlive.train.lora_export import export_lora, is_lora_run
 
@@ -222,3 +222,42 @@ def test_the_lora_of_a_checkpoint_is_exported_and_generates(tmp_path):
     assert configured_adapters(generate)[0][0].rank == 4
     with pytest.raises(CheckpointError, match="holds only a LoRA"):
         read_state(place, kind="generator")
+
+
+def test_a_student_starts_from_a_lora(tmp_path):
+    """The next leg of a run: both LoRAs of a container; another rank is refused."""
+    first = toy_task(tmp_path)
+    for branch in first.cast.student.all_branches:
+        torch.nn.init.normal_(branch.b, std=0.1)
+    first.export(tmp_path / "first", 1, {})
+    place = str(tmp_path / "first" / "lora.pt")
+    second = toy_task(tmp_path, checkpoints={"lora_ckpt": place}, adapter={"rank": None, "alpha": None})
+    for ours, theirs in zip(second.roles, first.roles):
+        for (name, p), (_, q) in zip(ours.trained.named_parameters(), theirs.trained.named_parameters()):
+            assert torch.equal(p, q.bfloat16().float()), name
+    assert second.cast.student.all_branches[0].alpha == 8
+    with pytest.raises(ConfigError, match=r"adapter.rank\(3\) but .* has rank 4"):
+        toy_task(tmp_path, checkpoints={"lora_ckpt": place}, adapter={"rank": 3})
+
+
+def test_a_dry_run_takes_a_step_of_both_and_writes_nothing(tmp_path):
+    report = rehearse(load_config(distillation(tmp_path)))
+    assert {"loss", "critic_loss"} <= report.row.keys()
+    assert report.memory.peak > 0 and any("stories of the procedural world" in line for line in report.lines())
+    assert not list(tmp_path.glob("**/checkpoint*"))
+
+
+def test_prompts_as_films(tmp_path):
+    """A text file and a caption folder; each epoch shows each film once, and goes on where it stopped."""
+    (tmp_path / "prompts.txt").write_text("A red circle.\nA blue square.\nA green star.\n")
+    task = toy_task(tmp_path, data={"data_path": str(tmp_path / "prompts.txt"), "image_or_video_shape": SHAPE}, training={"batch_size": 1})
+    plans = task.films.plans
+    assert len(plans) == 3 and [chunk.prompt for chunk in plans[0]] == ["A red circle."] * 4
+    shown = [task.films._shuffled(n) for n in range(6)]
+    assert sorted(shown[:3]) == sorted(shown[3:]) == [0, 1, 2]
+    gradients(task, 0)
+    state = task.state()
+    again = toy_task(tmp_path, data={"data_path": str(tmp_path / "prompts.txt"), "image_or_video_shape": SHAPE}, training={"batch_size": 1})
+    again.restore(state)
+    ours, theirs = (t.films.draw(draw_of(t, 1, 0), 2).words.raw_RMt for t in (task, again))
+    assert torch.equal(ours, theirs)
