@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from ..models.spec import model_spec
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, native_state, read_state, save_state, save_torch
 from ..ops import nvfp4
-from ..precision.configured import selection
+from ..precision.configured import selection, trained_as
+from ..precision.training import TRAINED_AS
 from .adapters import configured_adapters
 from .parts import generator_path, model_config
 
@@ -42,23 +45,28 @@ def export_quantised(config, out: Path, *, backend: str, dtype: torch.dtype, dev
     dims = dit_dims(shapes_of(state.tensors), spec.dit, model_config(path, spec))
     tensors, about = merged_generator(state, adapters, spec, dtype=dtype, device=device)
     about |= {"merged_lora": bool(adapters)} if adapters else {"merged_lora": bool(state.metadata.get("merged_lora", False)), "lora_ckpt": ""}
+    trained = trained_as(state.metadata)
+    about |= {TRAINED_AS: state.metadata[TRAINED_AS]} if trained else {}
     if backend == TRANSFORMER_ENGINE:
         about["checkpoint_format"] = fouroversix.MERGED_BF16
         write_merged(out, tensors, about)
         return about
-    return _packed(config, out, tensors, about, build_on_meta(lambda: WanDiT(dims)), device)
+    rule = config.infra.model_quant_weight_scale_rule or config.infra.model_quant_scale_rule
+    tile = trained["tile"] if trained and trained["weight_rule"] == rule else 1
+    return _packed(config, out, tensors, about, build_on_meta(lambda: WanDiT(dims)), partial(nvfp4.quantise, rule=rule, tile=tile), device)
 
 
-def _packed(config, out: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any], model: WanDiT, device: torch.device) -> dict[str, Any]:
+def _packed(
+    config, out: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any], model: WanDiT, quantise: Callable[..., nvfp4.NVFP4], device: torch.device
+) -> dict[str, Any]:
     q = config.infra
-    rule = q.model_quant_weight_scale_rule or q.model_quant_scale_rule
     spec = model_spec(config.model_kwargs.model_name)
     packed = {}
     for name in (f"{layer}.weight" for layer in selection(config).names(model, spec)):
         if name not in tensors:
             raise CheckpointError(f"the generator has no {name}; check that the file belongs to {spec.name}")
         try:
-            packed[name] = nvfp4.quantise(tensors.pop(name).to(device), rule).to("cpu")
+            packed[name] = quantise(tensors.pop(name).to(device)).to("cpu")
         except InputError as error:
             raise CheckpointError(f"{name}: {error}") from None
     record = {
@@ -71,4 +79,4 @@ def _packed(config, out: Path, tensors: dict[str, torch.Tensor], about: dict[str
     else:
         more = {key: value for key, value in about.items() if key != "checkpoint_format"}
         save_torch(out, fouroversix.container(packed, tensors, record, **more))
-    return about | {"checkpoint_format": fouroversix.FORMAT, "weight_scale_rule": rule, "packed_layers": len(packed)}
+    return about | {"checkpoint_format": fouroversix.FORMAT, "weight_scale_rule": next(iter(packed.values())).rule, "packed_layers": len(packed)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,26 +12,35 @@ from ..core.errors import CheckpointError, ConfigError
 from ..core.log import warn_once
 from ..ops.nvfp4 import NVFP4
 from ..ops.packed import PackedTensor
-from .backends import BACKENDS, FLOATING, FP8, PACKED, TE, TORCHAO, Backend, best_packed, choose
+from .backends import BACKENDS, EMULATED, FLOATING, FP8, NATIVE, PACKED, TE, TORCHAO, Backend, best_packed, choose
 from .capability import Capability, probe
 from .converter import LinearConverter, Selection
 from .packages import TransformerEngineLinear, torchao_layer
+from .training import TRAINED_AS
+
+W4A4 = (NATIVE, EMULATED, TE)
 
 
 def configured_converter(
-    config, device: torch.device, given: Mapping[str, PackedTensor] | None = None, capability: Capability | None = None
+    config,
+    device: torch.device,
+    given: Mapping[str, PackedTensor] | None = None,
+    capability: Capability | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> LinearConverter | None:
-    """The converter of `fp8_quant` or `model_quant`, None for neither. `given`: weights that the checkpoint holds quantised.
+    """The converter of `fp8_quant` or `model_quant`, None for neither. `given`: weights that the checkpoint holds quantised; `metadata`: what it says.
 
+    A generator that was trained in NVFP4 is quantised with the tiles that it was trained with, and a warning says where it is computed in another way.
     Raises ConfigError for a backend that the device lacks, CheckpointError for a quantised checkpoint that the configuration does not ask for.
     """
-    given, capability = given or {}, capability or probe(device)
+    given, capability, trained = given or {}, capability or probe(device), trained_as(metadata or {})
     q = config.infra
     if not (config.fp8_quant or q.model_quant):
         if given:
             kinds = {weight.name for weight in given.values()}
             key = "model_quant" if "nvfp4" in kinds else "fp8_quant"
             raise CheckpointError(f"the checkpoint holds {' and '.join(sorted(kinds))} weights; set {key}: true, or give the bf16 checkpoint")
+        _told(trained, "in floating point")
         return None
     backend, key = _backend(config, given, capability)
     warn_once(f"{backend.words} ({backend.name}) on {capability.name}; {key} chooses another way")
@@ -37,7 +48,25 @@ def configured_converter(
         "weight_rule": q.model_quant_weight_scale_rule or q.model_quant_scale_rule,
         "activation_rule": q.model_quant_activation_scale_rule,
     }
+    if trained is not None:
+        alike = backend.name in W4A4 and all(trained[key] == rule for key, rule in rules.items())
+        if not alike:
+            _told(trained, f"as {backend.name}" + (f" with {rules['weight_rule']} and {rules['activation_rule']}" if backend.weights == "nvfp4" else ""))
+        rules["tile"] = trained["tile"] if trained["weight_rule"] == rules["weight_rule"] else 1
     return LinearConverter(backend=backend, selection=selection(config), given=given, device=device, prepare=_prepare(config, backend, device), **rules)
+
+
+def trained_as(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The NVFP4 recipe that a checkpoint says it was trained with; None for any other training."""
+    about = json.loads(metadata.get(TRAINED_AS, "{}"))
+    return about if about.get("kind", "").startswith("nvfp4") else None
+
+
+def _told(trained: dict[str, Any] | None, served: str) -> None:
+    if trained is not None:
+        words = f"weights {trained['weight_rule']}, {trained['tile']} x 16; activations {trained['activation_rule']}"
+        remedy = "set model_quant: true, model_quant_backend: emulated (native on Blackwell) and those scale rules to compute what was trained"
+        warn_once(f"the generator was trained as nvfp4 ({words}) and is computed {served}; {remedy}")
 
 
 def selection(config) -> Selection:
