@@ -27,8 +27,9 @@ from .timing import Kernel, by_kind, kernels, timed
 GIB = 2**30
 RESULTS = Path("benchmarks/results")
 LONGEST = 12  # kernels that a profile names
-COMPARED = {"precision": str, "steps": int, "vae": str, "decode": str, "group": int}
+COMPARED = {"precision": str, "steps": int, "vae": str, "decode": str, "group": int, "graphs": str}
 NO_VAE = "none"
+GRAPHS = {"auto": "auto", "on": True, "off": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class GenerateSettings:
     """What to measure. `chunks` are the steady ones; `window` in latent frames; `height`, `width` None: the model's own; `layers` None: all.
 
     `config`: a configuration file with checkpoints, changed by `overrides`; None: random weights of `model`. `decode`: an entry of `engine.decode.STAGES`.
-    `group`: latent frames per call of the decoder, 0 = a whole chunk. `vaes` may be ("none",): sampling alone.
+    `graphs`: record forwards: auto, on or off. `group`: latent frames per call of the decoder, 0 = a whole chunk. `vaes` may be ("none",): sampling alone.
     """
 
     model: str = "wan2.2-ti2v-5b"
@@ -52,6 +53,7 @@ class GenerateSettings:
     decode: str = "side-stream"
     group: int = 0
     layers: int | None = None
+    graphs: str = "auto"
     profile: bool = False
 
     def check(self) -> None:
@@ -61,6 +63,8 @@ class GenerateSettings:
         for name in self.vaes:
             if name != NO_VAE:
                 vae_kind(name)
+        if self.graphs not in GRAPHS:
+            raise InputError(f"--graphs {self.graphs!r} is none of {', '.join(GRAPHS)}")
         if self.decode not in STAGES or self.decode == "other-device":
             raise InputError(f"--decode {self.decode!r} is none of inline, side-stream")
         if (self.height is None) != (self.width is None):
@@ -90,13 +94,15 @@ def results_file(name: str) -> Path:
 
 def _choice(settings: GenerateSettings, words: str) -> dict:
     """Words such as steps=2,vae=wan -> one value of everything that `COMPARED` names; the rest is the first of the settings."""
-    chosen = {"precision": settings.precisions[0], "steps": settings.steps[0], "vae": settings.vaes[0], "decode": settings.decode, "group": settings.group}
+    chosen = {"precision": settings.precisions[0], "steps": settings.steps[0], "vae": settings.vaes[0]}
+    chosen |= {"decode": settings.decode, "group": settings.group, "graphs": settings.graphs}
     for word in filter(None, words.split(",")):
         name, _, value = word.partition("=")
         if name not in COMPARED or not value or (COMPARED[name] is int and not value.isdecimal()):
             raise InputError(f"--compare {words!r}: {word!r} is no setting; write NAME=VALUE with a name of {', '.join(COMPARED)}")
         chosen[name] = COMPARED[name](value)
-    replace(settings, precisions=(chosen["precision"],), steps=(chosen["steps"],), vaes=(chosen["vae"],), decode=chosen["decode"]).check()
+    one = {"precisions": (chosen["precision"],), "steps": (chosen["steps"],), "vaes": (chosen["vae"],)}
+    replace(settings, **one, decode=chosen["decode"], graphs=chosen["graphs"]).check()
     return chosen
 
 
@@ -137,7 +143,7 @@ class _Bench:
     def _pipeline(self, name: str) -> Pipeline:
         pipeline = self.networks.pipeline(name)
         kind = self.settings.decode if self.device.type == "cuda" else "inline"
-        return replace(pipeline, decode_kind=kind)
+        return replace(pipeline, decode_kind=kind, cuda_graphs=GRAPHS[self.settings.graphs])
 
     def _decoded(self, pipeline: Pipeline, name: str, vae: str, alone: dict[int, dict], load: float) -> None:
         """The rows of one VAE."""
@@ -156,8 +162,9 @@ class _Bench:
         s, g = self.settings, pipeline.geometry
         frames = pipeline.settings.window_frames
         shape = {"gpus": int(self.device.type == "cuda"), "width": g.width, "height": g.height, "window": frames, "chunks": s.chunks}
-        model = {"model": pipeline.spec.name, "weights": "random" if s.config is None else str(s.config), "decode": pipeline.decode_kind, "group": s.group}
-        self.rows.append({**key, **shape, **values, **model, **self.head})
+        model = {"model": pipeline.spec.name, "weights": "random" if s.config is None else str(s.config), "decode": pipeline.decode_kind}
+        model |= {"group": s.group, "graphs": s.graphs}
+        self.rows.append({**model, **key, **shape, **values, **self.head})
         self._write()
         self.report(f"{key['precision']}, {key['steps']} steps, {key['vae']}: {_row_words(self.rows[-1])}")
 
@@ -256,7 +263,7 @@ class _Bench:
         pipelines = []
         for choice in (one, two):
             base = shared(("dit", choice["precision"]), lambda c=choice: self.networks.pipeline(c["precision"]))
-            pipeline = replace(with_steps(base, choice["steps"]), decode_kind="inline")
+            pipeline = replace(with_steps(base, choice["steps"]), decode_kind="inline", cuda_graphs=GRAPHS[choice["graphs"]])
             if choice["vae"] != NO_VAE:
                 key = ("vae", choice["vae"], choice["group"])
                 codec = shared(key, lambda c=choice: self.networks.codec(vae_kind(c["vae"]), c["precision"], c["group"]))

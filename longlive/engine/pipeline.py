@@ -21,6 +21,7 @@ from .naming import film_tag
 from .rollout import RolloutSettings
 from .session import Request, Session
 
+SMALL_CHUNK = 4096  # tokens below which a forward takes longer to launch than to compute
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -29,6 +30,7 @@ class Pipeline:
     """The parts. `decode_kind` is "inline", "side-stream" or "other-device" (see `engine.decode`).
 
     dit on `device` in `dtype`; codec on its own device in its own dtype; `text_encoder.encode(prompts)` gives [n_i, text_dim] each.
+    `cuda_graphs`: forwards are recorded and replayed (`engine.fixed`); "auto" on a GPU for chunks of at most `SMALL_CHUNK` tokens in all films together.
     `weights` says where the weights came from (part -> path), for the receipt; `tag` is the last word of file names.
     """
 
@@ -43,6 +45,7 @@ class Pipeline:
     negative_prompt: str = ""
     scene_cut_prefix: str = SCENE_CUT_PREFIX
     decode_kind: str = "inline"
+    cuda_graphs: bool | str = "auto"
     weights: dict[str, str] = field(default_factory=dict)
     tag: str = "regular"
 
@@ -88,6 +91,7 @@ class Pipeline:
             negative_prompt=config.inference.negative_prompt,
             scene_cut_prefix=config.data.scene_cut_prefix,
             decode_kind=decode_kind,
+            cuda_graphs=config.inference.cuda_graphs,
             tag=film_tag(config),
         )
 
@@ -99,6 +103,12 @@ class Pipeline:
     def lora(self) -> LoraStack:
         """The live adapters: `pipeline.lora.set_weight("style", 0.5)` holds from the next chunk on, for every session of this pipeline."""
         return LoraStack(self.dit)
+
+    def records(self, films: int) -> bool:
+        """Whether forwards for a batch of so many films are recorded."""
+        if self.device.type != "cuda" or self.cuda_graphs != "auto":
+            return self.device.type == "cuda" and self.cuda_graphs is True
+        return films * self.settings.chunk_frames * self.geometry.frame_tokens <= SMALL_CHUNK
 
     def session(self, request: Request) -> Session:
         """A fresh session for `request`."""

@@ -27,6 +27,7 @@ from ..diffusion.known import KnownFrames, nothing_known
 from ..diffusion.samplers import OnStep, sample, unipc
 from ..models.patch import patchify, unpatchify
 from ..models.wan_dit import NoiseLevels, TextContext, WanDiT
+from .fixed import FixedForwards
 
 UNSET_WINDOW_CHUNKS = 3
 
@@ -111,7 +112,8 @@ class RolloutSnapshot:
 class Rollout:
     """The memory of one batch of films, advanced by `step`, one chunk at a time.
 
-    `first_frame` is the temporal position of the film's first latent frame; `dtype` that of pages and of the model.
+    `first_frame` is the temporal position of the film's first latent frame; `dtype` that of pages and of the model. `fixed`: forwards at fixed
+    addresses, recorded as CUDA graphs (`engine.fixed`).
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Rollout:
         device: torch.device,
         dtype: torch.dtype,
         first_frame: float = 0.0,
+        fixed: bool = False,
     ):
         self.dit, self.settings, self.batch = dit, settings, batch
         self.height, self.width = token_height, token_width
@@ -136,6 +139,7 @@ class Rollout:
         dims, page_tokens = dit.dims, settings.chunk_frames * token_height * token_width
         sizes = (dims.layers, repeats * batch, settings.pages, page_tokens, dims.heads, dims.head_dim)
         self.stores = tuple(settings.store(*sizes, device=self.device, dtype=dtype) for _ in range(passes))
+        self.fixed = FixedForwards(dit, self.device) if fixed else None
         self.levels = _Levels(dit, settings.chunk_frames, self.device)
         if settings.window_frames == -1:
             logger.info("local_attn_size -1: attention sees a window of %d chunks", UNSET_WINDOW_CHUNKS)
@@ -169,6 +173,8 @@ class Rollout:
         closed = [policy.close(w, chunk, cut) for w, cut in zip(opened, cuts)]
         branch = branches(prompt_B, negative, self.settings.guidance, self.settings.batched_guidance)
         noise_BFCHW = upload(noise_BFCHW, self.device)
+        if self.fixed is not None:
+            self.fixed.begin()
         given = nothing_known(noise_BFCHW) if known is None else known.part(chunk * f, f)
         run = _ChunkRun(self, branch, self._tokens(chunk, shots), text, given)
         if given.frames < f:
@@ -247,7 +253,8 @@ class _ChunkRun:
         r = self.rollout
         x_BNc = patchify(x).repeat(self.branch.repeats, 1, 1)
         levels = r.levels.of(sigma, self.given, len(x_BNc))
-        outs = [r.dit(x_BNc, tokens, levels, self.text, attend, until) for tokens, attend in zip(self.tokens, attends)]
+        forward = r.fixed or r.dit
+        outs = [forward(x_BNc, tokens, levels, self.text, attend, until) for tokens, attend in zip(self.tokens, attends)]
         return [] if until == "kv" else [unpatchify(out, x.shape[1], r.height, r.width) for out in outs]
 
     def denoiser(self, windows: list[Window], chunk: int):

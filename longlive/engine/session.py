@@ -108,6 +108,7 @@ class Session:
             batch=len(self.noise_keys),
             device=pipeline.device,
             dtype=pipeline.dtype,
+            fixed=pipeline.records(len(self.noise_keys)),
         )
         guided = pipeline.settings.guidance != 1.0
         self.text = TextRows(pipeline.dit, pipeline.text_encoder, pipeline.negative_prompt if guided else None)

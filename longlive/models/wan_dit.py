@@ -339,6 +339,12 @@ class WanDiT(nn.Module):
         """TextContext from rows that `text_rows` laid out, on the weights' device."""
         return TextContext(raw_RMt, self.text_embedding(raw_RMt), bias_RM, self.text_stamp())
 
+    def text_keys_values(self, text: TextContext) -> None:
+        """Makes every layer's keys and values of `text` that are not kept yet. Gradients must be off."""
+        for layer, block in enumerate(self.blocks):
+            if text.kept(layer) is None:
+                text.keep(layer, block.cross_attn.keys_values(text.text_RMD))
+
     def text_stamp(self) -> int:
         """A number that changes whenever a weight (or buffer) behind the text's keys and values is written in place."""
         modules = [self.text_embedding]
