@@ -70,4 +70,4 @@ def test_adapters_are_heard():
         branch.weight = 0.0
         branch.write()
     film.restore(kept)
-    assert torch.equal(step(film, dit, 6, text), plain)
+    assert apart(step(film, dit, 6, text), plain) < 0.01
