@@ -4,7 +4,8 @@ Only the clean pass (commit) quantises; while a chunk is denoised its own keys a
 commit itself. A read is one pass: dequantise, add the mean, rotate by the positions of the frames, into a buffer that all layers share. Pages that are
 never evicted (anchor, pin) may be kept in full beside their quantised form, since errors in them are read for ever.
 
-All memory is allocated at once and never moves. (Spec nvfp4 §4.5.)
+All memory is allocated at once and never moves; passes over a chunk differ by the contents of tensors alone, and commits from other passes by which
+kernels run, so that either can be recorded. (Spec nvfp4 §4.5.)
 
 Legend: B batch, P pages (slots), F frames and L tokens of a page, H heads, d head features.
 """
@@ -57,7 +58,7 @@ class QuantisedPages:
         self.kept_slot = torch.full((2, batch), -1, dtype=torch.int64, device=device)  # slot of anchor and pin; -1: none is kept in full
         self.position: torch.Tensor | None = None  # float64 [B, P, F], made when the number of frames is known
         self.rows_B = torch.arange(batch, device=device)
-        self._committing, self._sinks = False, [torch.zeros(batch, dtype=torch.bool, device=device)] * 2
+        self._committing, self._sinks = False, torch.zeros(2, batch, dtype=torch.bool, device=device)
         self._own: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -74,7 +75,7 @@ class QuantisedPages:
         if not self.kept:
             return
         sinks = ([commit and chunk == 0] * len(windows), [commit and w.pinned == chunk for w in windows])
-        self._sinks = [torch.tensor(flags).to(slot_B.device, non_blocking=True) for flags in sinks]
+        self._sinks.copy_(torch.tensor(sinks), non_blocking=True)
         for place in self.kept:  # a slot that another chunk takes is no longer kept in full
             slot = self.kept_slot[place]
             self.kept_slot[place] = torch.where(self._sinks[place], slot_B, torch.where(slot == slot_B, -1, slot))
