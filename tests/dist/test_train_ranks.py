@@ -1,5 +1,7 @@
 """Training from videos on two ranks that share every sample: the steps of one rank, in float32; and both ways of encoding a clip together."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from train_toys import losses, shrink_tiny, training, write_vae
 from longlive.config import load_config
 from longlive.data.encoding import encode_frames
 from longlive.data.samples import to_pixels
+from longlive.models import spec
 from longlive.models.light_vae import read_codec
 from longlive.models.weights import read_state
 from longlive.parallel.halo import encode_window, halo_windows
@@ -38,10 +41,16 @@ def frames(batch, film):
 
 def on_two_ranks(places, folder):
     shrink_tiny()
-    codec, mesh = read_codec(places[1]), Mesh.launch(2, "cpu")
+    codec, mesh = read_codec(places[1], dtype=torch.float32), Mesh.launch(2, "cpu")
     latents = [encode_shared(codec, frames(batch, film), mesh, HALO) for batch, film in ((1, 16), (3, 6))]
-    run(config(places, "infra.sequence_parallel_size=2"), folder / "shared", RunOptions(auto_resume=False, save=False))
+    run(config(places, "infra.sequence_parallel_size=2"), folder / "shared")
     return latents
+
+
+@pytest.fixture(autouse=True)
+def small_tiny(monkeypatch):
+    monkeypatch.setitem(spec.MODELS, "tiny", spec.TINY)
+    shrink_tiny()
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +64,9 @@ def shared(tmp_path_factory):
     return places, folder, run_ranks(on_two_ranks, 2, folder, places, folder)
 
 
-def test_two_ranks_take_the_steps_of_one(shared, tmp_path, monkeypatch):
+def test_two_ranks_take_the_steps_of_one(shared, tmp_path):
     """Given frames, padding, the model's own errors, sharded parameters, one reduction after two micro-steps."""
-    from longlive.models import spec
-
     places, folder, _ = shared
-    monkeypatch.setitem(spec.MODELS, "tiny", spec.TINY)
-    shrink_tiny()
     run(config(places), tmp_path, RunOptions(auto_resume=False, save=False))
     both = folder / "shared"
     for own, alone in zip(losses(both), losses(tmp_path), strict=True):
@@ -71,10 +76,26 @@ def test_two_ranks_take_the_steps_of_one(shared, tmp_path, monkeypatch):
         torch.testing.assert_close(weights[parameter], expected[parameter], rtol=1e-4, atol=2e-5, msg=lambda m: f"{parameter}: {m}")
 
 
+def test_one_process_goes_on_where_two_ranks_stopped(shared, tmp_path):
+    """Place in the data, error buffers of both ranks, optimizer and average: the steps of a run that never stopped."""
+    places, folder, _ = shared
+    shutil.copytree(folder / "shared", tmp_path / "on")
+    longer = config(places, "training.max_iters=4")
+    run(longer, tmp_path / "on")
+    run(longer, tmp_path / "alone", RunOptions(auto_resume=False, save=False))
+    on, alone = losses(tmp_path / "on"), losses(tmp_path / "alone")
+    assert len(on) == len(alone) == 4 and on[:2] == losses(folder / "shared")
+    for own, expected in zip(on, alone):
+        assert own == pytest.approx(expected, rel=5e-4, abs=2e-5)
+    rows = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[3]["er_latent"] > 0 and rows[3]["er_entries"] > rows[1]["er_entries"]
+
+
+@torch.no_grad()
 def test_clips_are_encoded_together(shared):
     """One clip in windows, each after its halo; three clips whole, two of them on one rank."""
     places, _, ranks = shared
-    codec, clip = read_codec(places[1]), frames(1, 16)
+    codec, clip = read_codec(places[1], dtype=torch.float32), frames(1, 16)
     windows = halo_windows(16, 2, HALO)
     parts = [encode_window(codec, to_pixels(clip[:, w.raw_start : w.raw_end], "cpu"), w) for w in windows]
     for in_windows, whole in ranks:
