@@ -133,8 +133,16 @@ def _distillation(c: Config) -> str | None:
             return f"training.{key}({count}) % num_frame_per_block({n}) = {count % n}, not 0: a rollout is whole chunks; use {max(1, round(count / n)) * n}"
     if t.min_num_training_frames > t.num_training_frames:
         return f"min_num_training_frames({t.min_num_training_frames}) > num_training_frames({t.num_training_frames}); swap them"
-    if t.num_training_frames > frames:
+    if t.num_training_frames > frames and not t.streaming_frames:
         return f"training.num_training_frames({t.num_training_frames}) > image_or_video_shape[1]({frames}): the films are not that long; raise the latter"
+    if t.streaming_frames:
+        long, short = t.streaming_frames, t.num_training_frames
+        if long % n or long < short:
+            return f"training.streaming_frames({long}) is not a multiple of {n} that num_training_frames({short}) fits in; use {-(-max(long, short) // n) * n}"
+        if t.slice_last_frames < short:
+            return f"training.slice_last_frames({t.slice_last_frames}) < num_training_frames({short}) with streaming_frames: every segment counts; use {short}"
+        if c.inference.shot_clean_recache or not c.algorithm.backward_simulation:
+            return f"training.streaming_frames({long}) needs shot_clean_recache: false and backward_simulation: true"
     if n % p:
         return f"num_frame_per_block({n}) % sequence_parallel_size({p}) = {n % p}, not 0: ranks share every chunk of a rollout; use 1, 2, 4 or 8"
     if not c.algorithm.backward_simulation and c.data.data_path is None:

@@ -9,7 +9,7 @@ Legend: B batch, F latent frames, c chunks, C latent channels, H W latent rows a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from .low_precision import GENERATOR, is_low
 from .players import Role
 from .scores import score
 from .simulation import Exits, Script, StudentRollout
+from .streaming import Stream, restored
 from .teacher_forcing import Film, frame_positions
 from .trainer import Draw, seed_of
 
@@ -51,12 +52,13 @@ SHARED = 2  # in seeds of what all ranks draw alike
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-step of one player: whose turn it is, its films, and what all ranks share of it."""
+    """One micro-step of one player: whose turn it is, its films, and what all ranks share of it. `stream`: the films go on from it."""
 
     draw: Draw
     films: Films
     chunks: int
     exits: Exits
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Noised:
     noise_BFCHW: torch.Tensor
     sigma_BF: torch.Tensor
     mask_BF: torch.Tensor
+
+    def last(self, frames: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The last `frames` latent frames of `tensors`: those that the student has just made."""
+        return tuple(tensor[:, self.x_BFCHW.shape[1] - frames :] for tensor in tensors)
 
 
 class DistillationTask:
@@ -97,6 +103,7 @@ class DistillationTask:
         self.evaluator = self._evaluator(logdir) if logdir is not None and config.evaluation.interval > 0 else None
         self.roles = self._roles()
         self._kept: tuple[Step, torch.Tensor] | None = None  # the student's last rollout
+        self.stream: Stream | None = None
 
     def _ready(self, network: WanDiT) -> None:
         infra = self.config.infra
@@ -162,12 +169,26 @@ class DistillationTask:
         a, t, steps = self.config.algorithm, self.config.training, self.schedule.steps
         low, high = self._chunks(t.min_num_training_frames), self._chunks(t.num_training_frames)
         chunks = int(torch.randint(low, high + 1, (1,), generator=shared))
+        films, stream = self._films(draw, chunks)
+        chunks = chunks if stream is None else min(chunks, stream.chunks - stream.made)
         drawn = torch.randint(steps, (chunks,), generator=shared).tolist()
         if a.last_step_only:
             drawn = [steps - 1] * chunks
         elif a.same_step_across_blocks:
             drawn = drawn[:1] * chunks
-        return Step(draw, self.films.draw(draw, chunks), chunks, self._exits(drawn))
+        return Step(draw, films, chunks, self._exits(drawn), stream)
+
+    def _films(self, draw: Draw, chunks: int) -> tuple[Films, Stream | None]:
+        """The films of this step: new ones, or in long tuning those that are not finished."""
+        if not self.config.training.streaming_frames:
+            return self.films.draw(draw, chunks), None
+        if self.stream is None or self.stream.made == self.stream.chunks:
+            films = self.films.draw(draw, self._chunks(self.config.training.streaming_frames))
+            self.stream = Stream(films, self._rollout())
+        return self.stream.films, self.stream
+
+    def _rollout(self) -> StudentRollout:
+        return StudentRollout(self.cast.student.dit, self.rollout, phase=lambda: self._phase(cached=torch.is_grad_enabled()), mesh=self.mesh)
 
     def _chunks(self, frames: int) -> int:
         return frames // self.config.chunk_frames
@@ -188,14 +209,14 @@ class DistillationTask:
             x = self._rolled(step)
         if self.config.training.critic_reuses_rollout:
             self._kept = (step, x.detach())
-        film, noised = self._film(step), self._noised(step, x)
+        film, noised = self._shown(step, x)
         with torch.no_grad(), self._phase():
             fake = self._clean(self.cast.critic, step, film, noised, self.config.algorithm.fake_guidance_scale)
             real = self._clean(self.cast.teacher, step, film, noised, self.config.algorithm.real_guidance_scale)
-        gradient = dmd_gradient(noised.x_BFCHW, real, fake, noised.mask_BF, self.config.chunk_frames)
+        made, real, fake, mask_BF = noised.last(x.shape[1], noised.x_BFCHW, real, fake, noised.mask_BF)
+        gradient = dmd_gradient(made, real, fake, mask_BF, self.config.chunk_frames)
         self.cast.student.speak()
-        away = (noised.x_BFCHW - real).abs().mean()
-        return dmd_loss(x, gradient, noised.mask_BF), {"dmdtrain_gradient_norm": gradient.abs().mean(), "distance": away}
+        return dmd_loss(x, gradient, mask_BF), {"dmdtrain_gradient_norm": gradient.abs().mean(), "distance": (made - real).abs().mean()}
 
     def _critic_loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         kept, self._kept = self._kept, None
@@ -204,7 +225,7 @@ class DistillationTask:
         else:
             with torch.no_grad(), self._phase():
                 x = self._rolled(step)
-        film, noised = self._film(step), self._noised(step, x)
+        film, noised = self._shown(step, x)
         with self._phase(cached=True):
             dit = self.cast.critic.speak()
             velocity = self._score(self.cast.critic, dit, step.films.words, film, (noised.noisy_BFCHW, noised.sigma_BF, noised.x_BFCHW))
@@ -233,8 +254,10 @@ class DistillationTask:
         known = None if films.first_B1CHW is None else KnownFrames(films.first_B1CHW)
         if not self.config.algorithm.backward_simulation:
             return self._off_policy(step, dit, noise)
-        rollout = StudentRollout(dit, self.rollout, phase=lambda: self._phase(cached=torch.is_grad_enabled()), mesh=self.mesh)
-        return rollout.run(noise, self._script(step), self._text(dit, films.words), step.exits, known=known, stepper=free)
+        given = {"known": known, "stepper": free}
+        if step.stream is not None:
+            return step.stream.go_on(noise, self._text(dit, films.words), step.exits, **given)
+        return self._rollout().run(noise, self._script(step), self._text(dit, films.words), step.exits, **given)
 
     def _off_policy(self, step: Step, dit: WanDiT, noise: torch.Tensor) -> torch.Tensor:
         """Films of the data, noised to a level of the step list, cleaned in one forward. The list ends above 0: at 0 there is nothing to learn (D23)."""
@@ -258,6 +281,14 @@ class DistillationTask:
         rows = torch.arange(len(step.films.cuts) * step.chunks, device=self.device).reshape(-1, step.chunks)
         return Script(cuts_Bc=step.films.cuts, prompt_Bc=rows)
 
+    def _shown(self, step: Step, x: torch.Tensor) -> tuple[Film, Noised]:
+        """What scores see of the rollout `x`, and its noised form; in long tuning behind the chunks that were visible when it began."""
+        if step.stream is None:
+            return self._film(step), self._noised(step, x)
+        t = self.config.training
+        film, clip = step.stream.shown(window=t.visibility == "window", offset=self.rollout.shot_offset if t.shot_offset else 0.0)
+        return film, self._noised(step, clip, carried=step.stream.segment[0])
+
     def _film(self, step: Step) -> Film:
         """How scores see the film: as training does (`training.visibility`, `training.shot_offset`)."""
         t, cuts = self.config.training, step.films.cuts
@@ -269,14 +300,20 @@ class DistillationTask:
         prompt = self._script(step).prompt_Bc
         return Film(prompt, position.to(self.device, non_blocking=True), visible, committed, self.rollout.t_scale, self.rollout.relative)
 
-    def _known_BF(self, step: Step) -> torch.Tensor:
-        known = torch.zeros(len(step.films.cuts), step.chunks * self.config.chunk_frames, dtype=torch.bool, device=self.device)
+    def _known_BF(self, step: Step, frames: int | None = None) -> torch.Tensor:
+        """Where a frame of the film is given. In long tuning the film's first chunk, where it is shown at all, is the first of those that are."""
+        frames = step.chunks * self.config.chunk_frames if frames is None else frames
+        known = torch.zeros(len(step.films.cuts), frames, dtype=torch.bool, device=self.device)
         if step.films.first_B1CHW is not None:
-            known[:, 0] = True
+            begins = [True] * len(known) if step.stream is None else [seen[0] == 0 for seen in step.stream.seen_Bm]
+            known[:, 0] = torch.tensor(begins).to(self.device, non_blocking=True)
         return known
 
-    def _noised(self, step: Step, x: torch.Tensor) -> Noised:
-        """The film at drawn levels. Given frames stay clean, at level 0, and do not count; nor do chunks that give the student no gradient."""
+    def _noised(self, step: Step, x: torch.Tensor, carried: int = 0) -> Noised:
+        """The film at drawn levels. Given frames stay clean, at level 0, and do not count; nor do chunks that give the student no gradient.
+
+        `carried`: so many chunks at the beginning are of earlier steps; they do not count either.
+        """
         a, f, x = self.config.algorithm, self.config.chunk_frames, x.detach()
         student = step.draw.player == self.roles[0].name
         bounds = step.exits.bounds(self.schedule, self.rollout.shift)
@@ -284,14 +321,13 @@ class DistillationTask:
         high = bounds[0] if a.ts_schedule_max and bounds else 1000
         voices = (self.cast.teacher, self.cast.critic) if student else (self.cast.critic,)
         apart = step.films.first_B1CHW is not None or all(voice.mask == "teacher_forced" for voice in voices)
-        raw = draw_timesteps(len(x), step.chunks, step.draw.generator, low=low, high=high, per_chunk=apart)
-        known = self._known_BF(step)
+        raw = draw_timesteps(len(x), x.shape[1] // f, step.draw.generator, low=low, high=high, per_chunk=apart)
+        known = self._known_BF(step, x.shape[1])
         sigma_BF = (score_timesteps(raw, self.rollout.shift) / 1000).repeat_interleave(f, 1).masked_fill(known, 0.0)
         noise = torch.randn(x.shape, generator=step.draw.generator, device=self.device)
         noisy = add_noise(x, noise, sigma_BF.to(x.dtype))
         mask = known.logical_not().float()
-        if student:
-            mask[:, : step.exits.first_with_gradients * f] = 0
+        mask[:, : (carried + step.exits.first_with_gradients * student) * f] = 0
         return Noised(x, noisy, noise, sigma_BF, mask)
 
     def _clean(self, voice: Voice, step: Step, film: Film, noised: Noised, guidance: float) -> torch.Tensor:
@@ -315,10 +351,16 @@ class DistillationTask:
     # ------------------------------------------------------------ what is kept and written
 
     def state(self) -> dict:
-        return {"films": self.films.state()}
+        going_on = self.stream is not None and 0 < self.stream.made < self.stream.chunks
+        return {"films": self.films.state()} | ({"stream": self.stream.state()} if going_on else {})
 
     def restore(self, state: dict) -> None:
         self.films.restore(state["films"])
+        self.stream = restored(state["stream"], self._rollout(), self.device) if "stream" in state else None
+
+    def merged(self, states: Sequence[dict]) -> dict:
+        """For a run that goes on on other ranks: in long tuning other films begin, since pages belong to ranks."""
+        return {"films": states[0]["films"]}
 
     def evaluate(self, step: int, ema: dict[str, torch.Tensor]) -> dict[str, float]:
         """Films of the student in its few steps, and their scores. Every rank must call it; only for a task with a `logdir` and `evaluation.interval`."""

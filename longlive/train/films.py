@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from ..config.root import Config
-from ..core.errors import InputError
+from ..core.errors import ConfigError, InputError
 from ..core.story import plan
 from ..data.prompts import read_path
 from ..engine.sources import source_settings
@@ -75,6 +75,11 @@ def open_films(config: Config, spec: ModelSpec, device: torch.device, mesh: Mesh
     return PromptFilms(config, spec, device, mesh)
 
 
+def film_frames(config: Config) -> int:
+    """Latent frames of the longest film of a run."""
+    return config.training.streaming_frames or config.training.num_training_frames
+
+
 def film_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.infra.mixed_precision and device.type == "cuda" else torch.float32
 
@@ -86,7 +91,8 @@ class PromptFilms:
         self.config, self.spec, self.device, self.mesh = config, spec, device, mesh
         if config.data.data_path is None:
             raise InputError("data.data_path is not set; give a file of prompts or a folder of captions")
-        self.frames, self.chunks = config.training.num_training_frames, config.training.num_training_frames // config.chunk_frames
+        self.frames = film_frames(config)
+        self.chunks = self.frames // config.chunk_frames
         boards = read_path(Path(config.data.data_path), self.chunks, source_settings(config))
         self.plans = [plan(board, self.chunks, config.data.scene_cut_prefix) for board in boards]
         self.title = f"{len(self.plans)} films in {config.data.data_path}"
@@ -130,8 +136,11 @@ class ClipFilms:
     def __init__(self, config: Config, spec: ModelSpec, device: torch.device, mesh: Mesh):
         from .video_clips import VideoClips
 
+        if config.data.image_or_video_shape[1] < film_frames(config):
+            equation = f"data.image_or_video_shape[1]({config.data.image_or_video_shape[1]}) < training.streaming_frames({film_frames(config)})"
+            raise ConfigError(f"{equation}: clips are not that long; raise the former")
         self.clips, self.config, self.device = VideoClips(config, spec, device, mesh), config, device
-        self.title, self.frames = self.clips.title, config.training.num_training_frames
+        self.title, self.frames = self.clips.title, film_frames(config)
 
     def load(self, dims: DiTDims) -> None:
         self.clips.load(dims)

@@ -131,23 +131,44 @@ class StudentRollout:
     def _open(self, noise: torch.Tensor, chunks: int) -> int:
         """Makes room for `chunks` more chunks beside the ones that are still seen, and returns the first free slot."""
         batch, _, _, height, width = noise.shape
-        dims, tokens, old, before = self.dit.dims, self.settings.chunk_frames * (height // 2) * (width // 2), self.pages, self.standing
-        carried = 0 if before is None else max(len(slots) for slots in before.slots)
+        dims, tokens, before = self.dit.dims, self.settings.chunk_frames * (height // 2) * (width // 2), self.standing
+        kept, slots = ([], ({},) * batch) if before is None else self._carried()
+        carried = max(map(len, slots))
         with self.phase():
             cast = torch.is_autocast_enabled(noise.device.type)
         dtype = torch.get_autocast_dtype(noise.device.type) if cast else self.dit.patch_embedding.weight.dtype
         heads = dims.heads // self.mesh.sp_size
         self.pages = Pages(dims.layers, batch, carried + chunks, tokens, heads, dims.head_dim, device=noise.device, dtype=dtype)
-        if before is None:
-            self.standing = Standing(0, (0,) * batch, (Window(),) * batch, ({},) * batch)
-            return 0
-        ordered = [sorted(slots) for slots in before.slots]
-        chosen = torch.tensor([[s[c] for c in o] + [0] * (carried - len(o)) for s, o in zip(before.slots, ordered)], dtype=torch.int64)
-        rows = (torch.arange(batch)[:, None], chosen)
-        for new, last in zip((*self.pages.k, *self.pages.v), (*old.k, *old.v)):
-            new[:, :carried] = last[rows]
-        self.standing = replace(before, slots=tuple({chunk: i for i, chunk in enumerate(o)} for o in ordered))
+        for new, past in zip((*self.pages.k, *self.pages.v), kept):
+            new[:, :carried] = past
+        self.standing = Standing(0, (0,) * batch, (Window(),) * batch, slots) if before is None else replace(before, slots=slots)
         return carried
+
+    def _carried(self) -> tuple[list[torch.Tensor], tuple[dict[int, int], ...]]:
+        """Keys, then values of every layer, of the chunks that are still seen, oldest first; and the slots that this order gives them."""
+        ordered = [sorted(slots) for slots in self.standing.slots]
+        most = max(map(len, ordered))
+        chosen = torch.tensor([[s[c] for c in o] + [0] * (most - len(o)) for s, o in zip(self.standing.slots, ordered)], dtype=torch.int64)
+        rows = (torch.arange(len(ordered))[:, None], chosen)
+        return [t[rows] for t in (*self.pages.k, *self.pages.v)], tuple({chunk: i for i, chunk in enumerate(o)} for o in ordered)
+
+    def state(self) -> dict:
+        """What a later segment depends on, as a tree of plain values and tensors. After a `run` with `more`."""
+        tensors, slots = self._carried()
+        s = self.standing
+        windows = [[list(w.slots), w.pinned] for w in s.windows]
+        plain = {"chunk": s.chunk, "shots": list(s.shots), "windows": windows, "chunks": [list(own) for own in slots]}
+        return {"pages": {str(i): t for i, t in enumerate(tensors)}, "standing": plain}
+
+    def restore(self, state: dict, device: torch.device) -> None:
+        """Goes on from what `state` said."""
+        tensors, s = [state["pages"][str(i)].to(device) for i in range(len(state["pages"]))], state["standing"]
+        self.pages = Pages(len(tensors) // 2, *tensors[0].shape, device=device, dtype=tensors[0].dtype)
+        for mine, theirs in zip((*self.pages.k, *self.pages.v), tensors):
+            mine.copy_(theirs)
+        windows = tuple(Window(tuple(slots), pinned) for slots, pinned in s["windows"])
+        slots = tuple({chunk: place for place, chunk in enumerate(own)} for own in s["chunks"])
+        self.standing = Standing(s["chunk"], tuple(s["shots"]), windows, slots)
 
 
 class Asked(NamedTuple):

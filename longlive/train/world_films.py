@@ -19,7 +19,7 @@ from ..models.text import text_encoder
 from ..parallel.mesh import Mesh
 from ..world.render import frame_parameters, render_masked
 from .clips import PaddedText, Words
-from .films import Films, film_dtype
+from .films import Films, film_dtype, film_frames
 from .start import codec_for_training
 from .trainer import Draw
 from .world_latents import PromptBank, StorySource, story_prompts
@@ -30,7 +30,7 @@ class WorldFilms:
 
     def __init__(self, config: Config, spec: ModelSpec, device: torch.device, mesh: Mesh):
         self.config, self.spec, self.device = config, spec, device
-        world, self.frames = config.world, config.training.num_training_frames
+        world, self.frames = config.world, film_frames(config)
         self.chunks = self.frames // config.chunk_frames
         self.title = f"{world.clips} stories of the procedural world (seed {world.seed})"
         self.source = StorySource(

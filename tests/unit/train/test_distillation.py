@@ -156,7 +156,12 @@ def test_off_policy_steps(tmp_path, monkeypatch):
     assert x.requires_grad and x.shape == step.films.latents_BFCHW.shape and seen[0].min() > 0.5
 
 
-RUNS = {"LoRA": {}, "critic of its own": {"adapter": {"rank": 2, "apply_to_critic": False}}, "all weights": {"adapter": None}}
+RUNS = {
+    "LoRA": {},
+    "critic of its own": {"adapter": {"rank": 2, "apply_to_critic": False}},
+    "all weights": {"adapter": None},
+    "streaming": {"training": {"streaming_frames": 56, "num_training_frames": 24, "slice_last_frames": 24}},
+}
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -164,7 +169,8 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, kind):
     """D14: with the moments of both optimizers, also of LoRAs; D12: a critic without LoRA is saved, and its LoRA is not asked for."""
 
     def train(folder, **training):
-        config = load_config(distillation(tmp_path, **{**RUNS[kind], "training": {"max_iters": 5} | training}))
+        sections = {**RUNS[kind], "training": RUNS[kind].get("training", {}) | {"max_iters": 5} | training}
+        config = load_config(distillation(tmp_path, **sections))
         run(config, tmp_path / folder, RunOptions())
         return [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -179,7 +185,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, kind):
     assert ends[0] == ends[1]
     entries = {name.split(".")[0] for name in ends[0]} - {"rank"}
     student = "generator" if kind == "all weights" else "generator_lora"
-    critic = "critic_lora" if kind == "LoRA" else "critic"
+    critic = "critic_lora" if kind in ("LoRA", "streaming") else "critic"
     assert entries == {student, f"{student}_ema", f"{student}_optimizer", critic, f"{critic}_optimizer"}
     states = [checkpoint.read_sharded(tmp_path / folder / "checkpoint_model_000005", ends[0]) for folder in ("whole", "half")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
