@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
     ops = typer.Typer(help="Single operations.", no_args_is_help=True)
     group.command("train")(train)
+    group.command("distil")(distil)
     group.command("generate")(generate)
     group.command("precision")(precision)
     ops.command("attention")(attention)
@@ -63,13 +64,33 @@ def train(
         typer.echo(f"wrote {json}")
 
 
+def distil(
+    config: Annotated[Path, typer.Option("--config", help="A configuration of the distillation trainer; its checkpoints and data are not read.")] = Path(
+        "configs/train_dmd.yaml"
+    ),
+    override: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the configuration; may be repeated.")] = [],
+    steps: Annotated[int, typer.Option("--steps", help="Timed steps of each player.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps before them.")] = 1,
+    layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the network; default: all.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Seconds and peak memory of a student's and a critic's step, alone or under torchrun; weights and words are random."""
+    from ..bench.distil import DistilSettings, bench_distil
+    from ..core.log import launch_rank
+
+    _check(json)
+    bench_distil(DistilSettings(config=config, overrides=tuple(override), steps=steps, warmup=warmup, layers=layers), json, _say)
+    if json is not None and launch_rank()[0] == 0:
+        typer.echo(f"wrote {json}")
+
+
 def generate(
     model: Annotated[str, typer.Option("--model", help="Whose sizes; weights are random.")] = "wan2.2-ti2v-5b",
     config: Annotated[Path | None, typer.Option("--config", help="A configuration with checkpoints, instead of random weights.")] = None,
     override: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Changes a key of the configuration; may be repeated.")] = [],
     precision: Annotated[str, typer.Option("--precision", help="Number formats of the generator, with commas.")] = "bf16",
     steps: Annotated[str, typer.Option("--steps", help="Sampling steps, with commas.")] = "4,2",
-    vae: Annotated[str, typer.Option("--vae", help="wan, lightvae_v1, lightvae_v2 or none (sampling alone); with commas.")] = "wan",
+    vae: Annotated[str, typer.Option("--vae", help="wan, lightvae_v1, lightvae_v2, with +fp8 if so, or none (sampling alone); with commas.")] = "wan",
     chunks: Annotated[int, typer.Option("--chunks", help="Steady chunks that are timed.")] = 16,
     height: Annotated[int | None, typer.Option("--height", help="Pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,
@@ -166,7 +187,7 @@ def fused(
 
 def vae(
     model: Annotated[str, typer.Option("--model", help="Whose sizes.")] = "wan2.2-ti2v-5b",
-    vae: Annotated[str, typer.Option("--vae", help="wan, lightvae_v1, lightvae_v2; with commas.")] = "wan",
+    vae: Annotated[str, typer.Option("--vae", help="wan, lightvae_v1, lightvae_v2, with +fp8 if so; with commas.")] = "wan",
     groups: Annotated[str, typer.Option("--groups", help="Latent frames per call of the decoder, with commas; 0: its own choice.")] = "0",
     height: Annotated[int | None, typer.Option("--height", help="Pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,

@@ -11,7 +11,7 @@ Legend: I features in, O features out, R rank, M layers of one size.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,13 +106,16 @@ def read_network(place: Path, config: Config, spec: ModelSpec, device: torch.dev
     return dit
 
 
-def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtype: torch.dtype) -> Cast:
-    """Reads and adapts the networks of all roles. What trains is float32; what is frozen is in `frozen_dtype`, and shared where it can be."""
+def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtype: torch.dtype, source: Callable[..., WanDiT] = read_network) -> Cast:
+    """Reads and adapts the networks of all roles. What trains is float32; what is frozen is in `frozen_dtype`, and shared where it can be.
+
+    `source` is asked for a network as `read_network` is.
+    """
     frozen: dict[tuple, WanDiT] = {}
     low: list[LowPrecision] = []
 
     def read(place: Path, dtype: torch.dtype, quant: str, still: bool) -> WanDiT:
-        dit = read_network(place, config, spec, device, dtype)
+        dit = source(place, config, spec, device, dtype)
         converted = low_precision(config, quant, dit, spec, Mesh(), frozen=still)
         low.extend([converted] if converted is not None else [])
         return dit

@@ -9,7 +9,7 @@ Legend: B batch, F latent frames, c chunks, C latent channels, H W latent rows a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..models.wan_dit import TextContext, WanDiT
 from ..parallel.apply import Plan, apply
 from ..parallel.fsdp import is_sharded
 from ..parallel.mesh import Mesh, check_heads
-from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, make_cast
+from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, make_cast, read_network
 from .clips import Words
 from .compiled import RotatedAhead, checkpoint_blocks, compile_blocks
 from .distillation_memory import distillation_memory
@@ -42,7 +42,7 @@ from .lora_export import save_adapters
 from .low_precision import GENERATOR, is_low
 from .players import Role
 from .scores import score
-from .simulation import Exits, Script, StudentRollout
+from .simulation import Exits, Recorded, Script, Stepping, StudentRollout
 from .streaming import Stream, restored
 from .teacher_forcing import Film, frame_positions
 from .trainer import Draw, seed_of
@@ -77,21 +77,35 @@ class Noised:
 
 
 class DistillationTask:
-    """Satisfies `trainer.Task` with two players. Data are opened before weights are read. `logdir` gets films, where they are asked for."""
+    """Satisfies `trainer.Task` with two players. Data are opened before weights are read. `logdir` gets films, where they are asked for.
+
+    `films` and `networks`: other sources of what is filmed and of networks (a benchmark's) than the configuration names.
+    """
 
     name = "score_distillation"
 
-    def __init__(self, config: Config, device: torch.device, mesh: Mesh, logdir: Path | None = None):
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        mesh: Mesh,
+        logdir: Path | None = None,
+        *,
+        films: FilmSource | None = None,
+        networks: Callable[..., WanDiT] = read_network,
+    ):
         self.config, self.device, self.mesh = config, device, mesh
         self.spec, self.mixed = model_spec(config.model_kwargs.model_name), config.infra.mixed_precision and device.type == "cuda"
         self.rollout = rollout_settings(config)
         self.schedule = unipc(self.rollout.steps, self.rollout.shift)
-        self.films: FilmSource = open_films(config, self.spec, device, mesh)
-        self.cast: Cast = make_cast(config, self.spec, device, film_dtype(config, device))
+        self.films: FilmSource = open_films(config, self.spec, device, mesh) if films is None else films
+        self.cast: Cast = make_cast(config, self.spec, device, film_dtype(config, device), networks)
         self.module: nn.Module = self.cast.student.dit
         self.films.load(self.module.dims)
         copied = config.infra.rollout_copy and not is_low(self.module)  # a student in low precision makes its films as it learns
         self.stepper = Stepper(self.cast.student, film_dtype(config, device)) if copied else None
+        recorded = copied and config.inference.cuda_graphs and mesh.sp_size == 1
+        self.recorded = Recorded(self.stepper.dit, device) if recorded else None
         doubled, copy = self.cast.critic.mask == "teacher_forced", self.stepper.dit if self.stepper is not None else None
         self.memory = distillation_memory(config, self.cast.networks, copy, doubled=doubled, world=mesh.size, mixed=self.mixed)
         for network in self.cast.networks:
@@ -250,7 +264,7 @@ class DistillationTask:
         if self.stepper is not None:
             copy = self.stepper.current()
             with torch.no_grad():
-                free = (copy, self._text(copy, films.words))
+                free = Stepping(copy, self._text(copy, films.words), self.recorded if step.stream is None else None)
         known = None if films.first_B1CHW is None else KnownFrames(films.first_B1CHW)
         if not self.config.algorithm.backward_simulation:
             return self._off_policy(step, dit, noise)

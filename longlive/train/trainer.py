@@ -249,7 +249,7 @@ class Loop:
         began, learned, refused, columns = time.perf_counter(), [], 0.0, {}
         for number, player in enumerate(self.players):
             if player.due(self.state.step):
-                found, broken = self._learn(number, player)
+                found, broken = self.learn(number, player)
                 columns |= {player.role.prefix + name: value for name, value in found.items()}
                 learned.append(player)
                 refused = refused + broken
@@ -258,7 +258,7 @@ class Loop:
         numbers = {"lr": rate, "seconds": self.state.elapsed, "ms": 1000 * (time.perf_counter() - began)}
         self.metrics.add(self.state.step, columns, numbers)
 
-    def _learn(self, number: int, player: Player) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def learn(self, number: int, player: Player) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """One optimizer step of one player: its columns, and 1 on the device where the step was refused."""
         settings, progress, total, columns = self.settings, self.settings.progress(self.state), 0.0, {}
         rate = learning_rate(self.state.step, progress, lr=player.role.lr, warmup_steps=settings.warmup_steps, schedule=settings.schedule)

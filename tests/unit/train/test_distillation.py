@@ -9,6 +9,7 @@ import torch
 from dmd_toys import SHAPE, distillation, draw_of, gradients, toy_task, write_generator
 from train_toys import shrink_tiny
 
+from longlive.bench import distil
 from longlive.config import load_config
 from longlive.core.errors import CheckpointError, ConfigError
 from longlive.engine.adapters import configured_adapters
@@ -267,3 +268,14 @@ def test_prompts_as_films(tmp_path):
     again.restore(state)
     ours, theirs = (t.films.draw(draw_of(t, 1, 0), 2).words.raw_RMt for t in (task, again))
     assert torch.equal(ours, theirs)
+
+
+def test_a_benchmark_of_both_players(tmp_path, monkeypatch):
+    """The trainer's own steps, without checkpoints or data: none of the paths exists."""
+    monkeypatch.setattr(distil, "model_spec", lambda name: spec.MODELS["tiny"])
+    tree = distillation(tmp_path, checkpoints={"generator_ckpt": "nowhere.pt"}, data={"data_path": "nowhere.txt", "image_or_video_shape": SHAPE})
+    (tmp_path / "config.yaml").write_text(json.dumps(tree))
+    said = []
+    rows = distil.bench_distil(distil.DistilSettings(config=tmp_path / "config.yaml", steps=2), tmp_path / "record.json", said.append)
+    assert [row["player"] for row in rows] == ["generator_lora", "critic_lora"] and all(0 < row["least"] <= row["seconds"] for row in rows)
+    assert [case["status"] for case in json.loads((tmp_path / "record.json").read_text())["cases"]] == ["done", "done"] and len(said) == 3
