@@ -253,6 +253,8 @@ class Cached:
     0, 1, ... oldest first. `commit`: the chunk is finished, and what is written now is what later chunks read.
     """
 
+    places = ("slot_B", "there_BP", "rope", "slot_rope")
+
     def __init__(
         self,
         pages: Pages | QuantisedPages,
@@ -289,6 +291,11 @@ class Cached:
             if pages.unrotated:
                 self.slot_rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=pages.positions(self.filled))
         self._frozen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def variant(self) -> tuple:
+        """What decides which kernels run, beside the shapes of `places`: equal for chunks that one recording serves."""
+        return self.filled, self.there_BP is None, self.slot_rope is None
 
     def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None:
         if self.slot_rope is None:

@@ -25,6 +25,8 @@ class RolledOut:
     gradients on nothing is written. Absolute mode stores rotated keys; `relative` stores them unrotated and rotates what is read at 0, 1, ...
     """
 
+    places = ("rows", "past_rows", "slot_B", "there", "rope", "past_rope")
+
     def __init__(
         self, pages: Pages, own: int, visible_BP: list[list[int]], tokens: Tokens, head_dim: int, *, relative: bool = False, t_scale: float = 1.0
     ):
@@ -49,6 +51,11 @@ class RolledOut:
             if self.most:
                 place = (torch.arange(self.most)[:, None] * tokens.frames + frames).flatten()[None]
                 self.past_rope = rope_tables(tokens, head_dim, t_scale=t_scale, position_BF=place.to(device, non_blocking=True))
+
+    @property
+    def variant(self) -> tuple:
+        """As of `Cached`."""
+        return self.own, self.most, self.prefix, self.there is None, self.past_rope is None
 
     def takes(self, heads: Heads) -> bool:
         """Whether a kernel normalises, rotates and writes at once (`ops.heads.TakesHeads`)."""

@@ -12,23 +12,34 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
-from ..cache.attend import Cached
 from ..cache.pages import Pages
 from ..core.tokens import Tokens
 from ..models.lora import branches
 from ..models.wan_dit import NoiseLevels, TextContext, WanDiT
 
 TEXT_ROOM = 128  # keys of the text in fixed memory come in multiples
-PLACES = ("slot_B", "there_BP", "rope", "slot_rope")  # tensors by which one chunk's `Cached` differs from another's
 
 
-def tensors_of(attend: Cached) -> list[torch.Tensor]:
-    """All tensors of `PLACES`, in order."""
+class Recordable(Protocol):
+    """Attention to pages that stay where they are. Two of equal `variant` differ by the tensors (pairs of tensors, or None) in the attributes `places`."""
+
+    places: tuple[str, ...]
+    pages: Pages
+
+    @property
+    def variant(self) -> tuple: ...
+
+    def __call__(self, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor | None: ...
+
+
+def tensors_of(attend: Recordable) -> list[torch.Tensor]:
+    """All tensors of its places, in order."""
     found = []
-    for name in PLACES:
+    for name in attend.places:
         value = getattr(attend, name)
         found += [] if value is None else [value] if isinstance(value, torch.Tensor) else list(value)
     return found
@@ -65,19 +76,19 @@ class FixedText(TextContext):
 class FixedForward:
     """A forward of one shape with inputs of its own."""
 
-    def __init__(self, dit: WanDiT, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, text: FixedText, attend: Cached, until: str):
+    def __init__(self, dit: WanDiT, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, text: FixedText, attend: Recordable, until: str):
         self.dit, self.text, self.until = dit, text, until
         self.x_BNc, self.levels = torch.empty_like(x_BNc), NoiseLevels(*(torch.empty_like(t) for t in levels))
         self.tokens = replace(tokens, prompt_BG=torch.empty_like(tokens.prompt_BG))
         self.attend = copy.copy(attend)
-        for name in PLACES:
+        for name in attend.places:
             value = getattr(attend, name)
             setattr(self.attend, name, value.clone() if isinstance(value, torch.Tensor) else value and tuple(t.clone() for t in value))
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out: torch.Tensor | None = None
         self.runs = 0
 
-    def load(self, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, attend: Cached) -> None:
+    def load(self, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, attend: Recordable) -> None:
         """Copies the inputs to where they are read."""
         pairs = [(self.x_BNc, x_BNc), (self.tokens.prompt_BG, tokens.prompt_BG), *zip(self.levels, levels), *zip(tensors_of(self.attend), tensors_of(attend))]
         for mine, theirs in pairs:
@@ -116,7 +127,7 @@ class FixedForwards:
             self.forwards.clear()
             self._branches = found
 
-    def __call__(self, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, text: TextContext, attend: Cached, until: str) -> torch.Tensor | None:
+    def __call__(self, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, text: TextContext, attend: Recordable, until: str) -> torch.Tensor | None:
         if type(attend.pages) is not Pages or torch.is_grad_enabled():
             return self.dit(x_BNc, tokens, levels, text, attend, until)
         keys = -(-text.bias_RM.shape[1] // TEXT_ROOM) * TEXT_ROOM
@@ -125,7 +136,7 @@ class FixedForwards:
             self.texts[room] = FixedText(self.dit, text, keys)
         self.texts[room].take(text)
         shapes = tuple(t.shape for t in (x_BNc, tokens.prompt_BG, *levels, *tensors_of(attend)))
-        key = until, room, id(attend.pages), attend.filled, attend.there_BP is None, attend.slot_rope is None, shapes
+        key = until, room, id(attend.pages), attend.variant, shapes
         if key not in self.forwards:
             self.forwards[key] = FixedForward(self.dit, x_BNc, tokens, levels, self.texts[room], attend, until)
         forward = self.forwards[key]

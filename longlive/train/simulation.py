@@ -24,6 +24,7 @@ from ..core.tokens import Tokens
 from ..diffusion.flow import train_table
 from ..diffusion.known import KnownFrames, nothing_known
 from ..diffusion.samplers import Schedule, combine, unipc
+from ..engine.fixed import FixedForwards
 from ..engine.rollout import RolloutSettings
 from ..models.patch import patchify, unpatchify
 from ..models.wan_dit import Attend, TextContext, WanDiT
@@ -103,22 +104,22 @@ class StudentRollout:
         known: KnownFrames | None = None,
         before_commit: Commit | None = None,
         more: bool = False,
-        stepper: tuple[WanDiT, TextContext] | None = None,
+        stepper: Stepping | None = None,
     ) -> torch.Tensor:
         """The films' clean latents [B, F, C, H, W], float32; with a graph in the chunks from `exits.first_with_gradients` on.
 
         known          given first frames
         before_commit  what is committed of a chunk, (chunk, latents) -> latents; None: the latents themselves
         more           another `run` will go on from here: the last chunk is committed too
-        stepper        a copy of the network, and its text, for all that needs no gradients; None: the network itself
+        stepper        a copy of the network for all that needs no gradients; None: the network itself
         """
         chunks, f = script.chunks, self.settings.chunk_frames
-        start = self._open(noise_BFCHW, chunks)
+        start = self._open(noise_BFCHW, chunks, Pages if stepper is None or stepper.recorded is None else stepper.recorded.pages)
         films = []
         for number in range(chunks):
             rows_B = script.prompt_Bc[:, number]
             asked = Asked(self.dit, text.select(rows_B))
-            free = asked if stepper is None else Asked(stepper[0], stepper[1].select(rows_B))
+            free = asked if stepper is None else stepper.asked(rows_B)
             run = _Chunk(self, start + number, [bool(row[number]) for row in script.cuts_Bc], noise_BFCHW, known, asked, free)
             x = run.sample(wide(noise_BFCHW[:, number * f : (number + 1) * f]), exits, number)
             films.append(x)
@@ -128,8 +129,8 @@ class StudentRollout:
             self.standing = run.closed
         return torch.cat(films, dim=1)
 
-    def _open(self, noise: torch.Tensor, chunks: int) -> int:
-        """Makes room for `chunks` more chunks beside the ones that are still seen, and returns the first free slot."""
+    def _open(self, noise: torch.Tensor, chunks: int, room: Callable[..., Pages]) -> int:
+        """Makes `room` for `chunks` more chunks beside the ones that are still seen, and returns the first free slot."""
         batch, _, _, height, width = noise.shape
         dims, tokens, before = self.dit.dims, self.settings.chunk_frames * (height // 2) * (width // 2), self.standing
         kept, slots = ([], ({},) * batch) if before is None else self._carried()
@@ -138,7 +139,7 @@ class StudentRollout:
             cast = torch.is_autocast_enabled(noise.device.type)
         dtype = torch.get_autocast_dtype(noise.device.type) if cast else self.dit.patch_embedding.weight.dtype
         heads = dims.heads // self.mesh.sp_size
-        self.pages = Pages(dims.layers, batch, carried + chunks, tokens, heads, dims.head_dim, device=noise.device, dtype=dtype)
+        self.pages = room(dims.layers, batch, carried + chunks, tokens, heads, dims.head_dim, device=noise.device, dtype=dtype)
         for new, past in zip((*self.pages.k, *self.pages.v), kept):
             new[:, :carried] = past
         self.standing = Standing(0, (0,) * batch, (Window(),) * batch, slots) if before is None else replace(before, slots=slots)
@@ -172,10 +173,40 @@ class StudentRollout:
 
 
 class Asked(NamedTuple):
-    """A network and the texts that it reads, one row per sample."""
+    """A network and the texts that it reads: one row per sample, or those that `prompt_B1` names. `forwards`: its forwards are recorded there."""
 
     dit: WanDiT
     text: TextContext
+    prompt_B1: torch.Tensor | None = None
+    forwards: FixedForwards | None = None
+
+
+class Recorded:
+    """Forwards of a network at fixed addresses, CUDA graphs on a GPU, and the pages that they write: one rollout at a time."""
+
+    def __init__(self, dit: WanDiT, device: torch.device):
+        self.forwards = FixedForwards(dit, device)
+        self._pages: dict[tuple, Pages] = {}
+
+    def pages(self, layers: int, batch: int, slots: int, *sizes: int, device: torch.device, dtype: torch.dtype) -> Pages:
+        """The same pages as before, if they have slots enough. What is in them is of no use."""
+        key = layers, batch, *sizes, device, dtype
+        if key not in self._pages or self._pages[key].k[0].shape[1] < slots:
+            self._pages[key] = Pages(layers, batch, slots, *sizes, device=device, dtype=dtype)
+        return self._pages[key]
+
+
+class Stepping(NamedTuple):
+    """A copy of the student without gradients, the texts of a whole rollout, and where its forwards are recorded (None: they are not)."""
+
+    dit: WanDiT
+    text: TextContext
+    recorded: Recorded | None = None
+
+    def asked(self, rows_B: torch.Tensor) -> Asked:
+        if self.recorded is None:
+            return Asked(self.dit, self.text.select(rows_B))
+        return Asked(self.dit, self.text, rows_B[:, None], self.recorded.forwards)
 
 
 class _Chunk:
@@ -209,7 +240,11 @@ class _Chunk:
         told = self.known.levels(torch.full(x_BFCHW.shape[:2], sigma, dtype=torch.float64, device=x_BFCHW.device))
         x, told = (r.layout.shard(part, r.mesh.sp_rank) for part in (x_BFCHW, told))
         with r.phase():
-            out = asked.dit(patchify(x), tokens, told, asked.text, attend, until)
+            if asked.forwards is None:
+                out = asked.dit(patchify(x), tokens, told, asked.text, attend, until)
+            else:
+                tokens = replace(tokens, prompt_BG=asked.prompt_B1)
+                out = asked.forwards(patchify(x), tokens, asked.dit.levels(told), asked.text, attend, until)
         return None if out is None else gather_frames(wide(unpatchify(out, x.shape[1], tokens.height, tokens.width)), r.mesh)
 
     def sample(self, noise: torch.Tensor, exits: Exits, number: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from longlive.engine.rollout import RolloutSettings
 from longlive.models.lora import add, branches
 from longlive.train.cast import Merged, Stepper, Voice
 from longlive.train.compiled import checkpoint_blocks
-from longlive.train.simulation import Exits, Script, StudentRollout
+from longlive.train.simulation import Exits, Recorded, Script, Stepping, StudentRollout
 
 SETTINGS = RolloutSettings(chunk_frames=FRAMES, window_frames=3 * FRAMES, sink_frames=FRAMES, shot_offset=3.0, steps=2)
 CUTS = [[False, False, True, False, False, False], [False, True, False, False, True, False]]
@@ -156,12 +156,29 @@ def test_a_lora_student_has_shot_offsets():
     assert torch.equal(x[:, : 1 * FRAMES], still[:, : 1 * FRAMES]) and (x - still)[0, 2 * FRAMES :].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recorded_steps_are_the_same_steps(variant):
+    """Rollout after rollout in the same pages, films, exits and gradients included; recording itself is a GPU's (tests/gpu)."""
+    dit, settings = toy_dit(), replace(SETTINGS, **VARIANTS[variant])
+    recorded = Recorded(dit, torch.device("cpu"))
+    exits = ((LAST,) * CHUNKS, (0, 1, 0, 0, 1, 1), (LAST,) * CHUNKS)
+    for steps in exits:
+        plain, again = simulated(dit, settings, steps), simulated(dit, settings, steps, stepper=Stepping(dit, text_of(dit), recorded))
+        torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-9)
+        for a, b in zip(gradients(dit, again), gradients(dit, plain)):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    made = len(recorded.forwards.forwards)
+    with torch.no_grad():
+        simulated(dit, settings, exits[0], stepper=Stepping(dit, text_of(dit), recorded))
+    assert made == len(recorded.forwards.forwards) <= 2 * 2 * CHUNKS and len(recorded._pages) == 1
+
+
 def test_steps_without_gradients_on_a_merged_copy():
     dit = with_lora()
     voice = Voice(dit, "generator", "causal", [branch for _, branch in branches(dit)])
     stepper = Stepper(voice, torch.float64)
     x = simulated(dit, steps=(1, 1, 0, 1, 1, 0))
-    merged = simulated(dit, steps=(1, 1, 0, 1, 1, 0), stepper=(stepper.current(), text_of(stepper.dit)))
+    merged = simulated(dit, steps=(1, 1, 0, 1, 1, 0), stepper=Stepping(stepper.current(), text_of(stepper.dit)))
     torch.testing.assert_close(merged, x, rtol=0, atol=1e-5)
     own = [p for p in dit.parameters() if p.requires_grad]
     ours, theirs = (torch.autograd.grad(v.square().sum(), own) for v in (merged, x))
