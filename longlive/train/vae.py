@@ -54,7 +54,7 @@ class VAETask:
         settings, world = config.vae, config.world
         latent = config.data.image_or_video_shape
         self.geometry = Geometry.of_latent(latent[3], latent[4])
-        self.device, self.seed = device, config.logging.seed
+        self.device, self.mesh, self.seed = device, mesh, config.logging.seed
         self.dims = VAEDims(encoder_base=settings.encoder_base, decoder_base=settings.decoder_base)
         self.weights = VAELossWeights(mse=settings.mse_weight, edge=settings.edge_weight, kl=settings.kl_weight, mask=settings.mask_weight)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.infra.mixed_precision and device.type == "cuda")
@@ -100,7 +100,8 @@ class VAETask:
         loss = reconstruction_loss(output, video, pixels.mask, self.weights) + self.weights.kl * kl
         with torch.no_grad():
             mse = (output.float() - video).square().mean()
-        return loss, {"psnr": 10 * torch.log10(4 / mse), "kl": kl.detach()}
+            mean, mse, kl = (self.mesh.sum(torch.stack((loss, mse, kl))) / self.mesh.size).unbind()
+        return loss - loss.detach() + mean, {"psnr": 10 * torch.log10(4 / mse), "kl": kl}
 
     def _clips(self, split: str, count: int, frames: int) -> Iterator[torch.Tensor]:
         """Frame parameters [1, T, P] of the first `frames` frames of stories that no training step sees."""

@@ -16,9 +16,12 @@ from longlive.models import spec
 from longlive.models.light_vae import read_codec
 from longlive.models.spec import DiTDims, VAEDims
 from longlive.models.weights import MERGED_FORMAT, read_state, refuse_lora_on_merged, save_state
+from longlive.parallel.mesh import Mesh
 from longlive.train import RunOptions, checkpoint, rehearse, run, trainer
 from longlive.train.diffusion import DiffusionTask
 from longlive.train.export import export_checkpoint
+from longlive.train.trainer import Draw
+from longlive.train.vae import VAETask
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -83,6 +86,23 @@ def test_the_vae_trainer_writes_a_codec_with_two_rows_of_statistics(vae_folder):
     codec = read_codec(folder / "vae.safetensors", VAEDims(encoder_base=16, decoder_base=24))
     assert codec.vae.dims.encoder_base == 4 and codec.mean_KC.shape == (2, 48) and codec.std_KC.min() > 0
     assert not list(folder.glob("checkpoint_model_*"))
+
+
+def test_what_the_vae_trainer_reports_is_the_mean_of_all_ranks():
+    class Two(Mesh):
+        """A rank whose neighbour has twice its numbers."""
+
+        def sum(self, tensor):
+            return 3 * tensor.detach()
+
+    found = []
+    for mesh in (Mesh(), Two(dp_size=2)):
+        task = VAETask(load_config(VAE), torch.device("cpu"), mesh)
+        loss, columns = task.loss(task.batch(Draw(torch.Generator().manual_seed(1), torch.Generator().manual_seed(1), 0.0)))
+        loss.backward()
+        found.append((loss.item(), columns["kl"].item(), task.module.conv1.weight.grad))
+    (loss, kl, gradient), (both, both_kl, same) = found
+    assert both == pytest.approx(1.5 * loss) and both_kl == pytest.approx(1.5 * kl) and torch.equal(gradient, same)
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ar_config, tmp_path):
