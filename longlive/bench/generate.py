@@ -149,7 +149,7 @@ class _Bench:
         """The rows of one VAE."""
         decode: dict = {}
         if vae != NO_VAE:
-            codec, seconds = seconds_of(lambda: self.networks.codec(vae_kind(vae), name, self.settings.group), self.device)
+            codec, seconds = seconds_of(lambda: self.networks.codec(vae, name, self.settings.group), self.device)
             pipeline, load = replace(pipeline, codec=codec), load + seconds
             decode = self._tried(lambda: self._decode(pipeline))
             self.report(f"{vae}: {_decode_words(decode)}")
@@ -266,7 +266,7 @@ class _Bench:
             pipeline = replace(with_steps(base, choice["steps"]), decode_kind="inline", cuda_graphs=GRAPHS[choice["graphs"]])
             if choice["vae"] != NO_VAE:
                 key = ("vae", choice["vae"], choice["group"])
-                codec = shared(key, lambda c=choice: self.networks.codec(vae_kind(c["vae"]), c["precision"], c["group"]))
+                codec = shared(key, lambda c=choice: self.networks.codec(c["vae"], c["precision"], c["group"]))
                 pipeline = replace(pipeline, codec=codec)
             pipelines.append(pipeline)
         return pipelines

@@ -22,6 +22,7 @@ from ..engine.rollout import RolloutSettings
 from ..models.codec import VideoCodec, wan22_statistics
 from ..models.joint import join_projections
 from ..models.spec import ModelSpec, VAEDims, model_spec, vae_type
+from ..models.vae_fp8 import decoder_to_fp8
 from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE, channels_last
 from ..models.weights import build_on_meta
@@ -76,11 +77,14 @@ def precision(name: str) -> Precision:
     return replace(found, kv=kv, overrides=(*found.overrides, "inference.kv_quant=true", f"inference.kv_quant_format={kv}")) if plus else found
 
 
-def vae_kind(name: str) -> str:
-    """The value of `vae_type` behind `name`. Raises InputError for a name of none."""
-    kind = VAE_NAMES.get(name, name)
+def vae_kind(name: str) -> tuple[str, bool]:
+    """(the value of `vae_type` behind `name`, whether its decoder is in FP8: "wan+fp8"). Raises InputError for a name of none."""
+    kind, plus, format = name.partition("+")
+    if plus and format != FP8:
+        raise InputError(f"--vae {name!r}: the decoder is as it is, or in fp8 ({kind}+fp8)")
+    kind = VAE_NAMES.get(kind, kind)
     vae_type(kind)
-    return kind
+    return kind, bool(plus)
 
 
 class RandomWords:
@@ -128,10 +132,14 @@ class RandomNetworks:
             dtype=chosen.dtype,
         )
 
-    def codec(self, kind: str, name: str, group: int) -> VideoCodec:
-        """The VAE that `vae_type: kind` means, with random weights; bfloat16 on a GPU."""
+    def codec(self, vae: str, name: str, group: int) -> VideoCodec:
+        """The VAE that `vae` means (`vae_kind`), with random weights; bfloat16 on a GPU."""
+        kind, low = vae_kind(vae)
         dims = self.spec.vae.pruned(vae_type(kind).rate)
-        return random_codec(dims, self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32, group)
+        codec = random_codec(dims, self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32, group)
+        if low:
+            decoder_to_fp8(codec.vae)
+        return codec
 
 
 class CheckpointNetworks:
@@ -148,10 +156,11 @@ class CheckpointNetworks:
     def pipeline(self, name: str) -> Pipeline:
         return Pipeline.load(self.config(name), self.device)
 
-    def codec(self, kind: str, name: str, group: int) -> VideoCodec:
+    def codec(self, vae: str, name: str, group: int) -> VideoCodec:
         from ..engine.parts import load_codec
 
-        config = self.config(name, f"inference.vae_type={kind}")
+        kind, low = vae_kind(vae)
+        config = self.config(name, f"inference.vae_type={kind}", f"inference.vae_fp8={str(low).lower()}")
         codec, _ = load_codec(config, model_spec(config.model_kwargs.model_name), self.device)
         codec.group = group or codec.group
         return codec

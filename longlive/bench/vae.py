@@ -19,7 +19,7 @@ from ..engine.decode import Inline
 from ..models.wan_vae import DoublingConv, WholeFrame
 from ..ops.frames import norm_silu
 from .fused import device_rates
-from .networks import RandomNetworks, vae_kind
+from .networks import RandomNetworks
 from .record import Record, surroundings
 from .timing import by_kind, kernels, synchronize, timed
 
@@ -117,7 +117,7 @@ def bench_vae(settings: VaeSettings, path: Path | None, report: Callable[[str], 
 
 def _decode(networks: RandomNetworks, vae: str, group: int, repeats: int, rates: dict[str, float], report: Callable[[str], None]) -> dict:
     device, g = networks.device, networks.geometry
-    codec = networks.codec(vae_kind(vae), "bf16", group)
+    codec = networks.codec(vae, "bf16", group)
     shape = (1, CHUNK_FRAMES, codec.vae.dims.z_dim, g.latent_height, g.latent_width)
     z_BFCHW = torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device)
     stage = Inline(codec)

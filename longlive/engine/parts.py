@@ -22,6 +22,7 @@ from ..models.shipped import VAE_FILE, asset, dit_path
 from ..models.sizes import dit_dims, read_model_config, shapes_of
 from ..models.spec import ModelSpec, vae_type
 from ..models.text import TextEncoder, text_encoder
+from ..models.vae_fp8 import decoder_to_fp8
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, load_into, native_state, read_state, refuse_lora_on_merged
 from ..precision.configured import configured_converter
@@ -103,10 +104,12 @@ def load_codec(
     if not spec.folder:
         if vae_type(kind).rate:
             raise InputError(f"inference.vae_type = {kind!r} belongs to wan2.2-ti2v-5b; {spec.name} has a VAE of its own, use vae_type: wan")
-        found = asset(VAE_FILE)
+        found = Path(config.checkpoints.vae_ckpt or asset(VAE_FILE))
     else:
         found = path or (folder / Path(vae_type(kind).path).name if folder else vae_place(kind))
     codec = read_codec(found, spec.vae, device=device, dtype=dtype, group=group)
+    if config.inference.vae_fp8:
+        decoder_to_fp8(codec.vae)
     if pruning_rate is not None:
         own = round(1 - codec.vae.dims.decoder_base / spec.vae.decoder_base, 6)
         if abs(own - pruning_rate) > 1e-3:

@@ -43,8 +43,10 @@ class WholeFrame:
     """Where the rows of a frame are: here, all of them. Other strategies (row tiles, row shards with halo) replace this object.
 
     `convolve` supplies the rows and columns outside the frame that a convolution reads and hands `options` on to its kernel; `gather` and `own` bracket
-    work that needs whole frames.
+    work that needs whole frames. `whole`: every row is here.
     """
+
+    whole = True
 
     def convolve(self, conv: "Conv", x_BTHWC: Tensor, **options) -> Tensor:
         top, bottom, left, right = conv.border
@@ -74,9 +76,13 @@ class Walk:
 
     def past(self, x_BTHWC: Tensor, frames: int = PAST) -> Tensor:
         """The `frames` inputs that this layer saw before x; zeros at the start of a stream."""
+        B, _, H, W, C = x_BTHWC.shape
+        return self.before(lambda: x_BTHWC.new_zeros(B, frames, H, W, C))
+
+    def before(self, empty: Callable[[], Tensor]) -> Tensor:
+        """What this layer left in the piece before; `empty()` at the start of a stream."""
         if self._given is None:
-            B, _, H, W, C = x_BTHWC.shape
-            return x_BTHWC.new_zeros(B, frames, H, W, C)
+            return empty()
         self._at += 1
         return self._given.caches[self._at - 1]
 
@@ -129,6 +135,15 @@ class Conv(nn.Module):
         if not adds_bias(x_BTHWC, self.weight):
             return self(x_BTHWC, walk), None
         return walk.spatial.convolve(self, x_BTHWC, bias=False), self.bias
+
+    def of_normed(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`apart` of the SiLU of the norm of x + bias."""
+        return self.apart(walk.activate(x_BTHWC, gamma, bias), walk)
+
+    def of_normed_beside(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None, beside_BTHWC: Tensor) -> Tensor:
+        """The same, plus `beside`."""
+        y, own = self.of_normed(x_BTHWC, gamma, walk, bias)
+        return residual_add(y, beside_BTHWC, own)
 
     def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int], *, bias: bool = True) -> Tensor:
         """The bare convolution with symmetric zero padding `pad` = (rows, columns)."""
@@ -202,9 +217,9 @@ class Residual(nn.Module):
         self.shortcut = Conv(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
 
     def forward(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
-        y, bias = self.residual["2"].apart(walk.activate(x_BTHWC, self.residual["0"].gamma), walk)
-        y, bias = self.residual["6"].apart(walk.activate(y, self.residual["3"].gamma, bias), walk)
-        return residual_add(y, x_BTHWC if self.shortcut is None else self.shortcut(x_BTHWC, walk), bias)
+        y, bias = self.residual["2"].of_normed(x_BTHWC, self.residual["0"].gamma, walk)
+        beside = x_BTHWC if self.shortcut is None else self.shortcut(x_BTHWC, walk)
+        return self.residual["6"].of_normed_beside(y, self.residual["3"].gamma, walk, bias, beside)
 
 
 class FrameAttention(nn.Module):
