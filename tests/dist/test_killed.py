@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from loop_process import EVERY, SLOW, STEPS
 from loop_toys import toy_loop
 from ranks import _free_port
@@ -47,6 +48,26 @@ def test_a_run_killed_while_it_writes_goes_on_along_the_same_curve(tmp_path):
     again.fit()
     toy_loop(tmp_path / "whole", max_steps=STEPS, checkpoint_every=EVERY).fit()
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole") and len(curve(tmp_path / "whole")) == STEPS
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+def test_two_ranks_killed_while_they_write_go_on_along_the_same_curve(tmp_path):
+    def both(mode):
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        return [start(tmp_path / "killed", mode, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+
+    processes = both("slow")
+    until(lambda: (tmp_path / "killed" / f"checkpoint_model_{SLOW:06d}.tmp" / ".metadata").is_file(), processes[0])
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert [f.name for f in folders(tmp_path / "killed")] == [f"checkpoint_model_{SLOW - EVERY:06d}"]
+    again = both("train")
+    said = [process.communicate(timeout=120)[1] for process in again]
+    assert [process.returncode for process in again] == [0, 0], said
+    toy_loop(tmp_path / "whole", max_steps=STEPS, checkpoint_every=EVERY).fit()
+    killed, whole = curve(tmp_path / "killed"), curve(tmp_path / "whole")
+    assert list(killed) == list(whole) and all(killed[step] == pytest.approx(whole[step], rel=1e-5) for step in whole)
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
