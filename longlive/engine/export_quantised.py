@@ -27,7 +27,8 @@ from ..precision.training import TRAINED_AS
 from .adapters import configured_adapters
 from .parts import generator_path, model_config
 
-FOUROVERSIX, TRANSFORMER_ENGINE = "fouroversix", "transformer_engine"
+FOUROVERSIX = "fouroversix"
+TRANSFORMER_ENGINE = "transformer_engine"
 EXPORTS = (FOUROVERSIX, TRANSFORMER_ENGINE)
 
 
