@@ -268,10 +268,22 @@ class DistillationTask:
         known = None if films.first_B1CHW is None else KnownFrames(films.first_B1CHW)
         if not self.config.algorithm.backward_simulation:
             return self._off_policy(step, dit, noise)
-        given = {"known": known, "stepper": free}
+        given = {"known": known, "stepper": free, **self._commit_noise(draw.generator)}
         if step.stream is not None:
             return step.stream.go_on(noise, self._text(dit, films.words), step.exits, **given)
         return self._rollout().run(noise, self._script(step), self._text(dit, films.words), step.exits, **given)
+
+    def _commit_noise(self, generator: torch.Generator) -> dict:
+        """How a rollout puts noise on what it commits (`algorithm.context_noise`, a timestep); nothing by default, as generation."""
+        level = self.config.algorithm.context_noise / 1000
+        if level == 0:
+            return {}
+
+        def noised(number: int, clean: torch.Tensor) -> torch.Tensor:
+            noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+            return add_noise(clean, noise, torch.tensor(level, device=clean.device))
+
+        return {"before_commit": noised, "commit_level": level}
 
     def _off_policy(self, step: Step, dit: WanDiT, noise: torch.Tensor) -> torch.Tensor:
         """Films of the data, noised to a level of the step list, cleaned in one forward. The list ends above 0: at 0 there is nothing to learn (D23)."""

@@ -103,13 +103,14 @@ class StudentRollout:
         *,
         known: KnownFrames | None = None,
         before_commit: Commit | None = None,
+        commit_level: float = 0.0,
         more: bool = False,
         stepper: Stepping | None = None,
     ) -> torch.Tensor:
         """The films' clean latents [B, F, C, H, W], float32; with a graph in the chunks from `exits.first_with_gradients` on.
 
         known          given first frames
-        before_commit  what is committed of a chunk, (chunk, latents) -> latents; None: the latents themselves
+        before_commit  what is committed of a chunk, (number, latents) -> latents; None: the latents themselves. Told to be at `commit_level`
         more           another `run` will go on from here: the last chunk is committed too
         stepper        a copy of the network for all that needs no gradients; None: the network itself
         """
@@ -125,7 +126,7 @@ class StudentRollout:
             films.append(x)
             if more or number + 1 < chunks:
                 clean = x.detach()
-                run.commit(clean if before_commit is None else before_commit(number, clean))
+                run.commit(clean if before_commit is None else run.known.clamp(before_commit(number, clean)), commit_level)
             self.standing = run.closed
         return torch.cat(films, dim=1)
 
@@ -262,8 +263,8 @@ class _Chunk:
             return self.known.clamp(x - level * velocity)
 
     @torch.no_grad()
-    def commit(self, clean_BFCHW: torch.Tensor) -> None:
-        self._ask(self.free, clean_BFCHW, 0.0, self.attends[1], "kv")
+    def commit(self, clean_BFCHW: torch.Tensor, level: float) -> None:
+        self._ask(self.free, clean_BFCHW, level, self.attends[1], "kv")
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,10 @@ import torch
 from dit_toys import FRAMES, film, toy_dit, toy_noise, toy_prompts, toy_rollout
 from lora_toys import SPEC, toy_adapter
 
+from longlive.diffusion.flow import add_noise
 from longlive.diffusion.known import KnownFrames
 from longlive.engine.rollout import RolloutSettings
+from longlive.evaluation.parity.dmd import _Leaking
 from longlive.models.lora import add, branches
 from longlive.train.cast import Merged, Stepper, Voice
 from longlive.train.compiled import checkpoint_blocks
@@ -105,6 +107,24 @@ def test_no_gradient_crosses_a_chunk():
         parts = [p + g for p, g in zip(parts, gradients(dit, simulated(dit), own))]
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_what_the_defects_would_do():
+    """The checks above are seen to fail: on a cache that keeps its graph (D3), on a commit at the last level of the training table (D20)."""
+    dit, last = toy_dit(), torch.zeros(1, CHUNKS * FRAMES, 1, 1, 1, dtype=torch.float64)
+    last[:, -FRAMES:] = 1
+    one = Script(cuts_Bc=CUTS[:1], prompt_Bc=torch.arange(CHUNKS)[None])
+
+    def leaking(first):
+        written = {}
+        rollout = StudentRollout(dit, SETTINGS, wrap=lambda attend: _Leaking(attend, written))
+        return gradients(dit, rollout.run(noise()[:1], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS, first_with_gradients=first)), last)
+
+    clean = gradients(dit, StudentRollout(dit, SETTINGS).run(noise()[:1], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS)), last)
+    assert max((a - b).abs().max() for a, b in zip(leaking(0), clean)) > 1e-3
+    x = simulated(dit).detach()
+    noised = simulated(dit, before_commit=lambda number, z: add_noise(z, torch.ones_like(z), torch.tensor(0.00498))).detach()
+    assert torch.equal(x[:, :FRAMES], noised[:, :FRAMES]) and (x - noised).abs().max() > 1e-4  # of a tolerance of 2e-6
 
 
 def test_exits_and_where_gradients_begin():

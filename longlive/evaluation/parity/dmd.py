@@ -104,8 +104,7 @@ class _Recording:
         noise = self.given.get(f"context_noise.{chunk}")
         if noise is None:
             return clean
-        mixed = add_noise(clean, noise.reshape(clean.shape), self.table.sigmas[-1])
-        return torch.cat((clean[:, :1], mixed[:, 1:]), dim=1) if self.config["i2v"] and chunk == 0 else mixed
+        return add_noise(clean, noise.reshape(clean.shape), self.table.sigmas[-1])
 
     def timesteps(self) -> torch.Tensor:
         """[B, F], shifted and clamped; 0 on a given frame."""

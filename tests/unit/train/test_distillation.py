@@ -279,3 +279,12 @@ def test_a_benchmark_of_both_players(tmp_path, monkeypatch):
     rows = distil.bench_distil(distil.DistilSettings(config=tmp_path / "config.yaml", steps=2), tmp_path / "record.json", said.append)
     assert [row["player"] for row in rows] == ["generator_lora", "critic_lora"] and all(0 < row["least"] <= row["seconds"] for row in rows)
     assert [case["status"] for case in json.loads((tmp_path / "record.json").read_text())["cases"]] == ["done", "done"] and len(said) == 3
+
+
+def test_noise_on_what_is_committed(tmp_path):
+    """`algorithm.context_noise`, a timestep: told to the network, and absent by default."""
+    plain, noisy = toy_task(tmp_path), toy_task(tmp_path, algorithm={"context_noise": 100.0})
+    assert plain._commit_noise(torch.Generator()) == {} and noisy._commit_noise(torch.Generator())["commit_level"] == 0.1
+    with torch.no_grad():
+        ours, theirs = (task._rolled(task.batch(draw_of(task, 0, 0))) for task in (plain, noisy))
+    assert torch.equal(ours[:, :8], theirs[:, :8]) and not torch.equal(ours[:, 8:], theirs[:, 8:])
