@@ -223,11 +223,13 @@ class Loop:
                 self._export()
 
     def rehearse(self) -> dict[str, float]:
-        """Warms up and takes one step; returns its measurements. Nothing is exported or saved."""
+        """Warms up and takes one step; returns its measurements, `ms` until the device has done it. Nothing is exported or saved."""
         self._warm_up()
+        began = time.perf_counter()
         self._step()
         self._settle()
-        return self.metrics.flush()
+        row = self.metrics.flush()
+        return row | {"ms": 1000 * (time.perf_counter() - began)}
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
