@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from ..models.lora_files import holds_lora, read_lora
 from ..models.sizes import dit_dims, shapes_of
 from ..models.spec import ModelSpec
 from ..models.wan_dit import WanDiT
-from ..models.weights import build_on_meta, load_into, native_state, read_state
+from ..models.weights import build_on_meta, load_into, merge_record, native_state, read_state
 from ..parallel.mesh import Mesh
 from ..precision.linear import QuantisedLinear
 from .low_precision import CRITIC as CRITIC_QUANT
@@ -147,6 +148,19 @@ def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtyp
         for branch in voice.all_branches:
             branch.requires_grad_(True)
     return Cast(*voices, tuple(low))
+
+
+def origin(config: Config, spec: ModelSpec) -> dict[str, Any]:
+    """What is merged into the weights that the student starts from (`weights.merge_record`).
+
+    Raises ConfigError where it is to be a LoRA and one is merged already: nothing would apply it to that generator.
+    """
+    place = generator_path(config, spec)
+    merged = merge_record(read_state(place, use_ema=config.inference.use_ema, kind="generator").metadata)
+    if merged and config.adapter is not None:
+        remedy = "train all weights (remove the adapter section), or start from the generator without it"
+        raise ConfigError(f"{place} already has a LoRA merged into it, and a LoRA trained on it could not be applied to it; {remedy}")
+    return merged
 
 
 def starting_adapter(config: Config, name: str) -> Adapter | None:

@@ -30,7 +30,7 @@ from ..models.wan_dit import TextContext, WanDiT
 from ..parallel.apply import Plan, apply
 from ..parallel.fsdp import is_sharded
 from ..parallel.mesh import Mesh, check_heads
-from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, make_cast, read_network
+from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, make_cast, origin, read_network
 from .clips import Words
 from .compiled import RotatedAhead, checkpoint_blocks, compile_blocks
 from .distillation_memory import distillation_memory
@@ -99,6 +99,7 @@ class DistillationTask:
         self.rollout = rollout_settings(config)
         self.schedule = unipc(self.rollout.steps, self.rollout.shift)
         self.films: FilmSource = open_films(config, self.spec, device, mesh) if films is None else films
+        self.origin = origin(config, self.spec) if networks is read_network else {}
         self.cast: Cast = make_cast(config, self.spec, device, film_dtype(config, device), networks)
         self.module: nn.Module = self.cast.student.dit
         self.films.load(self.module.dims)
@@ -398,7 +399,7 @@ class DistillationTask:
 
     def export(self, folder: Path, step: int, ema: dict[str, torch.Tensor]) -> None:
         """The student: its LoRA, with the critic's, or its weights."""
-        metadata = {"trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed), "steps": str(self.schedule.steps)}
+        metadata = {**self.origin, "trainer": self.name, "step": str(step), "seed": str(self.config.logging.seed), "steps": str(self.schedule.steps)}
         for low in self.cast.low:
             metadata |= low.metadata() if low.network == GENERATOR else {}
         if self.cast.student.adapter is None:

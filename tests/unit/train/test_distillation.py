@@ -15,7 +15,7 @@ from longlive.core.errors import CheckpointError, ConfigError
 from longlive.engine.adapters import configured_adapters
 from longlive.models import spec
 from longlive.models.lora_files import read_lora
-from longlive.models.weights import read_state
+from longlive.models.weights import MERGED_FORMAT, read_state, save_state
 from longlive.parallel.mesh import Mesh
 from longlive.train import RunOptions, checkpoint, rehearse, run
 from longlive.train import distillation as module
@@ -288,3 +288,16 @@ def test_noise_on_what_is_committed(tmp_path):
     with torch.no_grad():
         ours, theirs = (task._rolled(task.batch(draw_of(task, 0, 0))) for task in (plain, noisy))
     assert torch.equal(ours[:, :8], theirs[:, :8]) and not torch.equal(ours[:, 8:], theirs[:, 8:])
+
+
+def test_a_merged_generator_takes_no_further_lora(tmp_path):
+    """All of its weights may be distilled; what comes of them says what is in it."""
+    tensors = read_state(write_generator(tmp_path)).tensors
+    merged = tmp_path / "merged.safetensors"
+    save_state(merged, tensors, {"checkpoint_format": MERGED_FORMAT, "merged_lora": "true", "lora_ckpt": "style.pt"})
+    checkpoints = {"generator_ckpt": str(merged)}
+    with pytest.raises(ConfigError, match="already has a LoRA merged into it"):
+        toy_task(tmp_path, checkpoints=checkpoints)
+    task = toy_task(tmp_path, checkpoints=checkpoints, adapter=None)
+    task.export(tmp_path / "out", 1, {})
+    assert task.origin and read_state(next((tmp_path / "out").glob("dit-*"))).metadata["checkpoint_format"] == MERGED_FORMAT
