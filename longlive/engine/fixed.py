@@ -4,8 +4,8 @@ A rollout repeats a handful of forwards: denoise or commit, with one to `pages` 
 prompt rows, slot index, angles, the text's keys and values. It is copied into tensors that stay where they are; pages do not move anyway. The first forward of
 a shape runs as it is, the second is recorded. Elsewhere than on a GPU nothing is recorded and the same tensors are used.
 
-What is recorded is dropped when LoRA branches come, go or change between on and off, since that decides which kernels run. Dense pages only: a quantised store
-decides on the host what it writes.
+What is recorded is dropped when LoRA branches come, go or change between on and off, since that decides which kernels run. A quantised store writes in
+commits only, which are recordings of their own; where it writes to and which pages it keeps in full is data too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from ..cache.pages import Pages
+from ..cache.quantised import QuantisedPages
 from ..core.tokens import Tokens
 from ..models.lora import branches
 from ..models.wan_dit import NoiseLevels, TextContext, WanDiT
@@ -128,7 +129,7 @@ class FixedForwards:
             self._branches = found
 
     def __call__(self, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, text: TextContext, attend: Recordable, until: str) -> torch.Tensor | None:
-        if type(attend.pages) is not Pages or torch.is_grad_enabled():
+        if type(attend.pages) not in (Pages, QuantisedPages) or torch.is_grad_enabled():
             return self.dit(x_BNc, tokens, levels, text, attend, until)
         keys = -(-text.bias_RM.shape[1] // TEXT_ROOM) * TEXT_ROOM
         room = text.prompts, keys

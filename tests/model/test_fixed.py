@@ -27,7 +27,13 @@ def films(dit, changes, **settings):
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"recache": True}, {"relative": True}, {"guidance": 3.0}, {"guidance": 3.0, "batched_guidance": False}], ids=str)
+SETTINGS = [
+    {}, {"recache": True}, {"relative": True}, {"guidance": 3.0}, {"guidance": 3.0, "batched_guidance": False},
+    {"kv_format": "nvfp4", "kv_keep_sinks": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_film_is_the_same(settings):
     def changes(chunk):
         return (3 if chunk < 4 else 5), [chunk % 3, 1], [chunk == 2, chunk in (3, 5)]
