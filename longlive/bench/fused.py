@@ -171,17 +171,21 @@ def library_cases(dims: DiTDims, settings: FusedSettings, device: torch.device) 
 
         return run
 
-    def attend(tokens: int, dtype: torch.dtype):
-        M = settings.window // CHUNK_FRAMES * tokens
-        q = random(1, tokens, dims.heads, d, dtype=dtype)
-        k, v = random(2, 1, M, dims.heads, d, dtype=dtype)
-        return Work(lambda q: attention(q, k, v), q, 2 * q.nbytes + 2 * k.nbytes, 4.0 * tokens * M * D)
+    def attend(kernel: str):
+        def make(tokens: int, dtype: torch.dtype):
+            M = settings.window // CHUNK_FRAMES * tokens
+            q = random(1, tokens, dims.heads, d, dtype=dtype)
+            k, v = random(2, 1, M, dims.heads, d, dtype=dtype)
+            return Work(lambda q: attention(q, k, v, kernel=kernel), q, 2 * q.nbytes + 2 * k.nbytes, 4.0 * tokens * M * D)
+
+        return make
 
     return [
         Case(f"linear {D} -> {D}", linear(D, D), reference=False),
         Case(f"linear {D} -> {dims.ffn}", linear(D, dims.ffn), reference=False),
         Case(f"linear {dims.ffn} -> {D}", linear(dims.ffn, D), reference=False),
-        Case("self-attention, full window", attend, reference=False),
+        Case("self-attention, full window", attend("auto"), reference=False),
+        Case("self-attention in fp8", attend("fp8"), reference=False),
     ]
 
 

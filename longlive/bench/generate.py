@@ -19,6 +19,7 @@ from ..core.errors import InputError, LongLiveError
 from ..core.geometry import CHUNK_FRAMES, Geometry
 from ..engine.decode import STAGES
 from ..engine.pipeline import Pipeline
+from ..ops.attention import KERNELS
 from .film import Arrivals, ChunkDecoder, film_kernels, film_session, first_chunk_seconds, run_film, warm_chunks, with_steps
 from .networks import CheckpointNetworks, RandomNetworks, precision, seconds_of, vae_kind
 from .record import surroundings, write_json
@@ -27,7 +28,7 @@ from .timing import Kernel, by_kind, kernels, timed
 GIB = 2**30
 RESULTS = Path("benchmarks/results")
 LONGEST = 12  # kernels that a profile names
-COMPARED = {"precision": str, "steps": int, "vae": str, "decode": str, "group": int, "graphs": str}
+COMPARED = {"precision": str, "steps": int, "vae": str, "decode": str, "group": int, "graphs": str, "attention": str}
 NO_VAE = "none"
 GRAPHS = {"auto": "auto", "on": True, "off": False}
 
@@ -37,7 +38,8 @@ class GenerateSettings:
     """What to measure. `chunks` are the steady ones; `window` in latent frames; `height`, `width` None: the model's own; `layers` None: all.
 
     `config`: a configuration file with checkpoints, changed by `overrides`; None: random weights of `model`. `decode`: an entry of `engine.decode.STAGES`.
-    `graphs`: record forwards: auto, on or off. `group`: latent frames per call of the decoder, 0 = a whole chunk. `vaes` may be ("none",): sampling alone.
+    `attention`: an entry of `ops.attention.KERNELS`. `graphs`: record forwards: auto, on or off. `group`: latent frames per call of the decoder, 0 = the
+    codec's own choice. `vaes` may be ("none",): sampling alone.
     """
 
     model: str = "wan2.2-ti2v-5b"
@@ -54,6 +56,7 @@ class GenerateSettings:
     group: int = 0
     layers: int | None = None
     graphs: str = "auto"
+    attention: str = "auto"
     profile: bool = False
 
     def check(self) -> None:
@@ -63,6 +66,8 @@ class GenerateSettings:
         for name in self.vaes:
             if name != NO_VAE:
                 vae_kind(name)
+        if self.attention not in ("auto", *KERNELS):
+            raise InputError(f"--attention {self.attention!r} is none of auto, {', '.join(KERNELS)}")
         if self.graphs not in GRAPHS:
             raise InputError(f"--graphs {self.graphs!r} is none of {', '.join(GRAPHS)}")
         if self.decode not in STAGES or self.decode == "other-device":
@@ -95,14 +100,14 @@ def results_file(name: str) -> Path:
 def _choice(settings: GenerateSettings, words: str) -> dict:
     """Words such as steps=2,vae=wan -> one value of everything that `COMPARED` names; the rest is the first of the settings."""
     chosen = {"precision": settings.precisions[0], "steps": settings.steps[0], "vae": settings.vaes[0]}
-    chosen |= {"decode": settings.decode, "group": settings.group, "graphs": settings.graphs}
+    chosen |= {"decode": settings.decode, "group": settings.group, "graphs": settings.graphs, "attention": settings.attention}
     for word in filter(None, words.split(",")):
         name, _, value = word.partition("=")
         if name not in COMPARED or not value or (COMPARED[name] is int and not value.isdecimal()):
             raise InputError(f"--compare {words!r}: {word!r} is no setting; write NAME=VALUE with a name of {', '.join(COMPARED)}")
         chosen[name] = COMPARED[name](value)
     one = {"precisions": (chosen["precision"],), "steps": (chosen["steps"],), "vaes": (chosen["vae"],)}
-    replace(settings, **one, decode=chosen["decode"], graphs=chosen["graphs"]).check()
+    replace(settings, **one, decode=chosen["decode"], graphs=chosen["graphs"], attention=chosen["attention"]).check()
     return chosen
 
 
@@ -143,7 +148,8 @@ class _Bench:
     def _pipeline(self, name: str) -> Pipeline:
         pipeline = self.networks.pipeline(name)
         kind = self.settings.decode if self.device.type == "cuda" else "inline"
-        return replace(pipeline, decode_kind=kind, cuda_graphs=GRAPHS[self.settings.graphs])
+        settings = replace(pipeline.settings, attention=self.settings.attention)
+        return replace(pipeline, decode_kind=kind, cuda_graphs=GRAPHS[self.settings.graphs], settings=settings)
 
     def _decoded(self, pipeline: Pipeline, name: str, vae: str, alone: dict[int, dict], load: float) -> None:
         """The rows of one VAE."""
@@ -163,7 +169,7 @@ class _Bench:
         frames = pipeline.settings.window_frames
         shape = {"gpus": int(self.device.type == "cuda"), "width": g.width, "height": g.height, "window": frames, "chunks": s.chunks}
         model = {"model": pipeline.spec.name, "weights": "random" if s.config is None else str(s.config), "decode": pipeline.decode_kind}
-        model |= {"group": s.group, "graphs": s.graphs}
+        model |= {"group": s.group, "graphs": s.graphs, "attention": pipeline.settings.attention}
         self.rows.append({**model, **key, **shape, **values, **self.head})
         self._write()
         self.report(f"{key['precision']}, {key['steps']} steps, {key['vae']}: {_row_words(self.rows[-1])}")
@@ -263,7 +269,8 @@ class _Bench:
         pipelines = []
         for choice in (one, two):
             base = shared(("dit", choice["precision"]), lambda c=choice: self.networks.pipeline(c["precision"]))
-            pipeline = replace(with_steps(base, choice["steps"]), decode_kind="inline", cuda_graphs=GRAPHS[choice["graphs"]])
+            settings = replace(base.settings, steps=choice["steps"], attention=choice["attention"])
+            pipeline = replace(base, settings=settings, decode_kind="inline", cuda_graphs=GRAPHS[choice["graphs"]])
             if choice["vae"] != NO_VAE:
                 key = ("vae", choice["vae"], choice["group"])
                 codec = shared(key, lambda c=choice: self.networks.codec(c["vae"], c["precision"], c["group"]))

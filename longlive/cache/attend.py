@@ -250,7 +250,8 @@ class Cached:
     is a view. With gradients on nothing is written: the other slots are copied once, constant and safe from later steps, and the own
     keys and values stay in the graph; recomputation reads the same copies.
     Absolute mode stores rotated keys, unless the store keeps them unrotated. `relative` stores them unrotated and rotates the window at positions
-    0, 1, ... oldest first. `commit`: the chunk is finished, and what is written now is what later chunks read.
+    0, 1, ... oldest first. `commit`: the chunk is finished, and what is written now is what later chunks read. `kernel`: an entry of
+    `ops.attention.KERNELS` for reading where all slots are there and gradients are off.
     """
 
     places = ("slot_B", "there_BP", "rope", "slot_rope")
@@ -266,11 +267,12 @@ class Cached:
         relative: bool = False,
         t_scale: float = 1.0,
         commit: bool = False,
+        kernel: str = "auto",
     ):
         device = tokens.position_BF.device
         own = [w.slot(chunk) for w in windows]
         counts = [len(w.slots) for w in windows]
-        self.pages, self.filled = pages, max(counts)
+        self.pages, self.filled, self.kernel = pages, max(counts), kernel
         self.slot_B = torch.tensor(own).to(device, non_blocking=True)  # here and below: the host does not wait for the queue of the device
         others = [[s for s in range(self.filled) if s != o] for o in own]
         self.others_BP = torch.tensor(others, dtype=torch.int64).reshape(len(own), self.filled - 1).to(device, non_blocking=True)
@@ -322,7 +324,8 @@ class Cached:
     def _read(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """What rotated queries read from the filled slots."""
         keys, values = self.pages.read(layer, self.filled, self.slot_rope)
-        return attention(q, keys, values, self._bias(self.there_BP, q.shape[1]))
+        kernel = self.kernel if self.there_BP is None else "auto"
+        return attention(q, keys, values, self._bias(self.there_BP, q.shape[1]), kernel=kernel)
 
     def _read_with_gradients(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         if layer not in self._frozen:

@@ -99,10 +99,11 @@ def generate(
     group: Annotated[int, typer.Option("--group", help="Latent frames per call of the decoder; 0: the whole chunk.")] = 0,
     layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the generator (random weights); default: all.")] = None,
     graphs: Annotated[str, typer.Option("--graphs", help="Record forwards as CUDA graphs: auto, on, off.")] = "auto",
+    attention: Annotated[str, typer.Option("--attention", help="Self-attention: auto, fp8, ordered, sdpa.")] = "auto",
     profile: Annotated[bool, typer.Option("--profile", help="Where the kernels' time goes, for a chunk of sampling and of decoding.")] = False,
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option("--compare", metavar="A B", help="Two settings in turn, such as steps=4 steps=2 (precision, steps, vae, group, graphs)."),
+        typer.Option("--compare", metavar="A B", help="Two settings in turn, such as steps=4 steps=2 (precision, steps, vae, group, graphs, attention)."),
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where the rows go; default: a new file in benchmarks/results.")] = None,
 ) -> None:
@@ -113,7 +114,8 @@ def generate(
     _check(path)
     settings = GenerateSettings(
         model=model, config=config, overrides=tuple(override), precisions=_words(precision), steps=_numbers("--steps", steps), vaes=_words(vae), chunks=chunks,
-        height=height, width=width, window=window, decode=decode, group=group, layers=layers, graphs=graphs, profile=profile,
+        height=height, width=width, window=window, decode=decode, group=group, layers=layers, graphs=graphs,
+        attention=attention, profile=profile,
     )  # fmt: skip
     bench_generate(settings, path, _say, compare=compare)
     typer.echo(f"wrote {path}")

@@ -55,6 +55,7 @@ class Inference(Section):
     kv_quant_keep_sinks: bool = option(False, "quantised cache: the first chunk of the film and of the shot stay in full precision")
     kv_quant_scale_rule: Literal["static_6", "static_4", "mse", "mae", "abs_max"] = option("mse", "scale rule of the quantised cache")
     kv_quant_backend: Literal["cuda", "triton", "pytorch"] = option("cuda", "documented, without effect: a GPU takes fused kernels, a CPU torch's")
+    attention: Literal["auto", "fp8"] = option("auto", "self-attention: auto, or both products in FP8 (kernel on Hopper or later, rounded inputs elsewhere)")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     cuda_graphs: bool | Literal["auto"] = option("auto", "record forwards on a GPU and replay them; auto = for small chunks, whose launches take longest")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "precision of the networks; auto = bfloat16 on a GPU")

@@ -137,6 +137,7 @@ def rollout_settings(config) -> RolloutSettings:
         kv_format=i.kv_quant_format if i.kv_quant else None,
         kv_rule=i.kv_quant_scale_rule,
         kv_keep_sinks=i.kv_quant_keep_sinks,
+        attention=i.attention,
     )
 
 

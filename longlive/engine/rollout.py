@@ -45,6 +45,7 @@ class RolloutSettings:
     guidance       classifier-free guidance scale, 1 = off; `batched_guidance`: both branches in one forward
     kv_format      how finished chunks keep their keys and values: fp8, int8 or nvfp4 (scale rule `kv_rule`); None: as they are
     kv_keep_sinks  anchor and pin are kept as they are, too
+    attention      how self-attention is computed: auto, or another entry of `ops.attention.KERNELS`
     """
 
     chunk_frames: int = 8
@@ -62,6 +63,7 @@ class RolloutSettings:
     kv_format: str | None = None
     kv_rule: str = "mse"
     kv_keep_sinks: bool = False
+    attention: str = "auto"
 
     def __post_init__(self):
         f = self.chunk_frames
@@ -245,7 +247,7 @@ class _ChunkRun:
 
     def _attends(self, windows: list[Window], chunk: int, commit: bool = False) -> list[Cached]:
         r, windows = self.rollout, windows * self.branch.repeats
-        options = {"relative": r.settings.relative, "t_scale": r.settings.t_scale, "commit": commit}
+        options = {"relative": r.settings.relative, "t_scale": r.settings.t_scale, "commit": commit, "kernel": r.settings.attention}
         return [Cached(store, windows, chunk, tokens, r.dit.dims.head_dim, **options) for store, tokens in zip(r.stores, self.tokens)]
 
     def _ask(self, x: torch.Tensor, sigma: float, attends: list[Cached], until: str) -> list[torch.Tensor]:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.errors import ConfigError
+from .fp8 import to_e4m3
+from .inference import fuses
 
 Kernel = Callable[..., torch.Tensor]
 # Fastest first at our shapes on Hopper (cuDNN reaches about twice the rate of the FlashAttention-2 class kernel).
@@ -41,7 +43,30 @@ def math(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias:
     return torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v_BMHd.to(wide)).to(q_BNHd.dtype)
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "ordered": ordered_sdpa, "math": math}
+def fp8(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Both products in e4m3 where the GPU has them (Hopper or later, with Triton); elsewhere attention of q, k and v rounded to e4m3.
+
+    Queries and keys behind an RMS norm, and values, are of order one, well within e4m3, and need no scale. Without bias and gradients.
+    """
+    if bias is not None:
+        raise ConfigError("attention in fp8 takes no bias; use another kernel where keys are masked")
+    if fp8_fits(q_BNHd, k_BMHd, v_BMHd):
+        from . import triton_attention
+
+        return triton_attention.attention(
+            triton_attention.codes(q_BNHd.contiguous()), triton_attention.codes(k_BMHd), triton_attention.transposed_codes(v_BMHd), q_BNHd.dtype
+        )
+    return sdpa(*(to_e4m3(t).to(t.dtype) for t in (q_BNHd, k_BMHd, v_BMHd)), None)
+
+
+def fp8_fits(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor) -> bool:
+    """Whether the FP8 kernel takes these tensors: heads of 64 or 128 features, keys in multiples of 16, every sample in one piece."""
+    if not fuses(q_BNHd, k_BMHd, v_BMHd) or torch.cuda.get_device_capability(q_BNHd.device)[0] < 9:
+        return False
+    return q_BNHd.shape[-1] in (64, 128) and k_BMHd.shape[1] % 16 == 0 and all(t[0].is_contiguous() for t in (k_BMHd, v_BMHd))
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "ordered": ordered_sdpa, "math": math, "fp8": fp8}
 
 
 def attention(

@@ -7,7 +7,7 @@ import torch
 from dit_toys import COLUMNS, DIMS, FRAMES, ROWS, ask, film, film_tokens, toy_dit, toy_noise, toy_prompts, toy_rollout
 
 from longlive.cache.attend import Cached, TeacherForced, visible_tensor
-from longlive.core.errors import InputError
+from longlive.core.errors import ConfigError, InputError
 from longlive.core.tokens import Tokens
 from longlive.diffusion.known import KnownFrames
 from longlive.diffusion.samplers import unipc
@@ -310,3 +310,14 @@ def test_embeddings_of_noise_levels_are_made_once_and_again_when_weights_change(
     fresh.restore(rollout.snapshot())
     out = rollout.step(noise[:, 3], text, [0], [False])
     assert len(made) == 6 and torch.equal(fresh.step(noise[:, 3], text, [0], [False]), out)
+
+
+def test_attention_in_fp8_is_near_and_only_where_nothing_is_masked():
+    dit, noise = toy_dit(torch.float32), toy_noise(2, 5)
+    text = dit.text(toy_prompts(5))
+    cuts = [[False] * 5, [False, False, True, False, False]]  # with a recache the windows of the two differ, so that keys are masked
+    plain, low = (film(toy_rollout(dit, 2, recache=True, attention=kernel), text, noise, cuts=cuts) for kernel in ("auto", "fp8"))
+    error = (low - plain).norm() / plain.norm()
+    assert 1e-5 < error < 0.05
+    with pytest.raises(ConfigError, match="takes no bias"):
+        attention(*torch.randn(3, 1, 4, 2, 8), torch.ones(1, 1, 1, 4, dtype=torch.bool), kernel="fp8")

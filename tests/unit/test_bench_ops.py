@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def test_every_operation_of_a_block_has_a_floor(tmp_path):
     path, lines = tmp_path / "fused.json", []
     entries = bench_fused(FusedSettings(model="tiny", height=32, width=32, repeats=1), path, lines.append, device=CPU)
-    assert len(entries) == 13 and json.loads(path.read_text())["cases"] == entries
+    assert len(entries) == 14 and json.loads(path.read_text())["cases"] == entries
     tokens, dim = 8, 256
     rates = json.loads(path.read_text())["rates"]
     by_name = {entry["operation"]: entry for entry in entries}

@@ -1,0 +1,47 @@
+"""Attention in FP8 against attention of the same rounded q, k, v in float64, and how far it is from attention that rounds nothing."""
+
+import pytest
+import torch
+from kernels_here import GPU_ONLY, INTERPRETED, MARKS, apart, random
+
+from longlive.ops.attention import attention, fp8_fits
+from longlive.ops.fp8 import to_e4m3
+
+pytestmark = [*MARKS, pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs Hopper or later")]
+SMALL = [(1, 3, 16, 1, 64), (2, 130, 144, 2, 64)]
+LARGE = [(1, 33, 272, 3, 128), (2, 128, 256, 2, 128), (1, 1000, 4 * 1008, 5, 128)]
+
+
+@pytest.mark.parametrize("batch, queries, keys, heads, head_dim", SMALL if INTERPRETED else SMALL + LARGE)
+@pytest.mark.parametrize("sharp", [1.0, 4.0])
+def test_against_the_rounded_inputs(batch, queries, keys, heads, head_dim, sharp):
+    from longlive.ops import triton_attention as kernel
+
+    q, k, v = (random(batch, n, heads, head_dim, seed=n, dtype=torch.float32) for n in (queries, keys, keys + 1))
+    q, v = q * sharp, v[:, :keys]
+    told = [to_e4m3(t) for t in (q, k, v)]
+    found = kernel.attention(told[0].contiguous(), told[1].contiguous(), told[2].permute(0, 2, 3, 1).contiguous(), torch.float32)
+    truth = attention(*(t.double() for t in told), kernel="math")
+    assert found.isfinite().all() and apart(found, truth) < (0.2 if INTERPRETED else 0.03)
+
+
+@pytest.mark.parametrize("batch, keys, heads, head_dim", [(2, 70, 3, 64), (1, 64, 1, 128)])
+def test_codes_and_their_transposition(batch, keys, heads, head_dim):
+    from longlive.ops import triton_attention as kernel
+
+    pages = random(batch, keys + 5, heads, head_dim, seed=1) / 8
+    v = pages[:, :keys]  # a view of the first slots, as pages are read
+    truth = to_e4m3(v).float()
+    plain, turned = kernel.codes(v).float(), kernel.transposed_codes(v).float()
+    assert torch.equal(turned, plain.permute(0, 2, 3, 1))
+    assert apart(plain, truth) < 0.2 if INTERPRETED else torch.equal(plain, truth)  # the interpreter rounds some values wrongly
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_how_far_it_is_from_attention_in_float32(head_dim):
+    q, k, v = (random(1, n, 4, head_dim, seed=n, dtype=torch.bfloat16) for n in (512, 4096, 4096))
+    v = random(1, 4096, 4, head_dim, seed=3, dtype=torch.bfloat16)
+    assert fp8_fits(q, k, v)
+    truth = attention(q.float(), k.float(), v.float(), kernel="math")
+    assert apart(attention(q, k, v, kernel="fp8"), truth) < 0.08
