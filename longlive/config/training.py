@@ -106,6 +106,7 @@ class Training(Section):
     num_training_frames: int = option(21, "longest rollout in latent frames", ge=1)
     slice_last_frames: int = option(21, "latent frames at the end that get gradients", ge=1)
     critic_reuses_rollout: bool = option(False, "distillation: where the student learns, its critic learns on the same rollout")
+    finish_chunks: bool = option(False, "distillation: later chunks read what has gone through all steps, as in generation, not what left at the exit step")
     streaming_frames: int = option(0, "distillation: rollouts go on from step to step until a film is so many latent frames long; 0 = each begins a film", ge=0)
     error_recycling: ErrorRecycling = option(ErrorRecycling(), "train on the model's own errors")
     noisy_copies: int = option(1, "noisy copies that share one clean copy", ge=1)

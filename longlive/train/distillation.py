@@ -42,7 +42,7 @@ from .lora_export import save_adapters
 from .low_precision import GENERATOR, is_low
 from .players import Role
 from .scores import score
-from .simulation import Exits, Recorded, Script, Stepping, StudentRollout
+from .simulation import Exits, Recorded, Rolled, Script, Stepping, StudentRollout
 from .streaming import Stream, restored
 from .teacher_forcing import Film, frame_positions
 from .trainer import Draw, seed_of
@@ -63,9 +63,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Noised:
-    """The student's film and its noised form. `sigma_BF` is what networks are told; `mask_BF` 1 where a frame counts."""
+    """The student's film `x_BFCHW`, the film as history reads it, and the noised film. `sigma_BF`: what networks are told; `mask_BF`: 1 where a frame counts."""
 
     x_BFCHW: torch.Tensor
+    read_BFCHW: torch.Tensor
     noisy_BFCHW: torch.Tensor
     noise_BFCHW: torch.Tensor
     sigma_BF: torch.Tensor
@@ -117,7 +118,7 @@ class DistillationTask:
             raise ConfigError(f"{split}; set rollout_copy: false, or sharding_strategy: no_shard")
         self.evaluator = self._evaluator(logdir) if logdir is not None and config.evaluation.interval > 0 else None
         self.roles = self._roles()
-        self._kept: tuple[Step, torch.Tensor] | None = None  # the student's last rollout
+        self._kept: tuple[Step, Rolled] | None = None  # the student's last rollout
         self.stream: Stream | None = None
 
     def _ready(self, network: WanDiT) -> None:
@@ -210,7 +211,7 @@ class DistillationTask:
 
     def _exits(self, steps: list[int]) -> Exits:
         learn = self._chunks(self.config.training.slice_last_frames)
-        return Exits(steps=tuple(steps), first_with_gradients=max(0, len(steps) - learn))
+        return Exits(steps=tuple(steps), first_with_gradients=max(0, len(steps) - learn), finish=self.config.training.finish_chunks)
 
     # ------------------------------------------------------------ losses
 
@@ -221,10 +222,11 @@ class DistillationTask:
 
     def _student_loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with self._phase(cached=True):
-            x = self._rolled(step)
+            rolled = self._rolled(step)
+        x = rolled.x_BFCHW
         if self.config.training.critic_reuses_rollout:
-            self._kept = (step, x.detach())
-        film, noised = self._shown(step, x)
+            self._kept = (step, Rolled(x.detach(), rolled.read_BFCHW))
+        film, noised = self._shown(step, rolled)
         with torch.no_grad(), self._phase():
             fake = self._clean(self.cast.critic, step, film, noised, self.config.algorithm.fake_guidance_scale)
             real = self._clean(self.cast.teacher, step, film, noised, self.config.algorithm.real_guidance_scale)
@@ -236,14 +238,14 @@ class DistillationTask:
     def _critic_loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         kept, self._kept = self._kept, None
         if kept is not None and (kept[0].draw.step, kept[0].draw.micro) == (step.draw.step, step.draw.micro):
-            step, x = replace(kept[0], draw=step.draw), kept[1]
+            step, rolled = replace(kept[0], draw=step.draw), kept[1]
         else:
             with torch.no_grad(), self._phase():
-                x = self._rolled(step)
-        film, noised = self._shown(step, x)
+                rolled = self._rolled(step)
+        film, noised = self._shown(step, rolled)
         with self._phase(cached=True):
             dit = self.cast.critic.speak()
-            velocity = self._score(self.cast.critic, dit, step.films.words, film, (noised.noisy_BFCHW, noised.sigma_BF, noised.x_BFCHW))
+            velocity = self._score(self.cast.critic, dit, step.films.words, film, (noised.noisy_BFCHW, noised.sigma_BF, noised.read_BFCHW))
         return critic_loss(velocity, noised.noise_BFCHW - noised.x_BFCHW, noised.mask_BF), {}
 
     def _phase(self, cached: bool = False) -> AbstractContextManager:
@@ -255,8 +257,8 @@ class DistillationTask:
     def _text(self, dit: WanDiT, words: Words) -> TextContext:
         return dit.text_context(words.raw_RMt.to(dit.patch_embedding.weight.dtype), words.bias_RM)
 
-    def _rolled(self, step: Step) -> torch.Tensor:
-        """The student's film [B, F, C, H, W]."""
+    def _rolled(self, step: Step) -> Rolled:
+        """The student's film."""
         films, draw = step.films, step.draw
         batch, shape = len(films.cuts), self.config.data.image_or_video_shape
         noise = torch.randn((batch, step.chunks * self.config.chunk_frames, *shape[2:]), generator=draw.generator, device=self.device)
@@ -268,7 +270,7 @@ class DistillationTask:
                 free = Stepping(copy, self._text(copy, films.words), self.recorded if step.stream is None else None)
         known = None if films.first_B1CHW is None else KnownFrames(films.first_B1CHW)
         if not self.config.algorithm.backward_simulation:
-            return self._off_policy(step, dit, noise)
+            return Rolled(self._off_policy(step, dit, noise), films.latents_BFCHW)
         given = {"known": known, "stepper": free, **self._commit_noise(draw.generator)}
         if step.stream is not None:
             return step.stream.go_on(noise, self._text(dit, films.words), step.exits, **given)
@@ -308,13 +310,15 @@ class DistillationTask:
         rows = torch.arange(len(step.films.cuts) * step.chunks, device=self.device).reshape(-1, step.chunks)
         return Script(cuts_Bc=step.films.cuts, prompt_Bc=rows)
 
-    def _shown(self, step: Step, x: torch.Tensor) -> tuple[Film, Noised]:
-        """What scores see of the rollout `x`, and its noised form; in long tuning behind the chunks that were visible when it began."""
+    def _shown(self, step: Step, rolled: Rolled) -> tuple[Film, Noised]:
+        """What scores see of a rollout, and its noised form; in long tuning behind the chunks that were visible when it began."""
+        x = rolled.x_BFCHW.detach()
         if step.stream is None:
-            return self._film(step), self._noised(step, x)
+            return self._film(step), self._noised(step, x, rolled.read_BFCHW)
         t = self.config.training
         film, clip = step.stream.shown(window=t.visibility == "window", offset=self.rollout.shot_offset if t.shot_offset else 0.0)
-        return film, self._noised(step, clip, carried=step.stream.segment[0])
+        x = torch.cat((clip[:, : clip.shape[1] - x.shape[1]], x), dim=1)
+        return film, self._noised(step, x, clip, carried=step.stream.segment[0])
 
     def _film(self, step: Step) -> Film:
         """How scores see the film: as training does (`training.visibility`, `training.shot_offset`)."""
@@ -336,12 +340,13 @@ class DistillationTask:
             known[:, 0] = torch.tensor(begins).to(self.device, non_blocking=True)
         return known
 
-    def _noised(self, step: Step, x: torch.Tensor, carried: int = 0) -> Noised:
-        """The film at drawn levels. Given frames stay clean, at level 0, and do not count; nor do chunks that give the student no gradient.
+    def _noised(self, step: Step, x: torch.Tensor, read: torch.Tensor, carried: int = 0) -> Noised:
+        """The film `x`, which history reads as `read`, at drawn levels.
 
+        Given frames stay clean, at level 0, and do not count; nor do chunks that give the student no gradient.
         `carried`: so many chunks at the beginning are of earlier steps; they do not count either.
         """
-        a, f, x = self.config.algorithm, self.config.chunk_frames, x.detach()
+        a, f = self.config.algorithm, self.config.chunk_frames
         student = step.draw.player == self.roles[0].name
         bounds = step.exits.bounds(self.schedule, self.rollout.shift)
         low = bounds[1] if a.ts_schedule and bounds else a.min_score_timestep
@@ -355,12 +360,12 @@ class DistillationTask:
         noisy = add_noise(x, noise, sigma_BF.to(x.dtype))
         mask = known.logical_not().float()
         mask[:, : (carried + step.exits.first_with_gradients * student) * f] = 0
-        return Noised(x, noisy, noise, sigma_BF, mask)
+        return Noised(x, read, noisy, noise, sigma_BF, mask)
 
     def _clean(self, voice: Voice, step: Step, film: Film, noised: Noised, guidance: float) -> torch.Tensor:
         """What a role thinks the clean film is; prompted and unprompted in one forward where there is guidance."""
         dit, words, batch = voice.speak(), step.films.words, len(noised.x_BFCHW)
-        given = (noised.noisy_BFCHW, noised.sigma_BF, noised.x_BFCHW)
+        given = (noised.noisy_BFCHW, noised.sigma_BF, noised.read_BFCHW)
         if guidance:
             film = _twice(film, len(words.raw_RMt))
             empty = self.films.text.rows([self.config.inference.negative_prompt])

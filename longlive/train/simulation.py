@@ -1,7 +1,8 @@
 """Backward simulation: the student's own film, sampled as generation samples it, with gradients through one step of each chunk.
 
 A chunk is denoised without gradients up to its exit step; there the network is asked once more, with gradients, and the clean latents that its velocity
-points at are the chunk. They are committed at noise level 0, without gradients, for later chunks to read (spec training §6.2; D3, D5, D20).
+points at are the chunk. They are committed at noise level 0, without gradients, for later chunks to read (spec training §6.2; D3, D5, D20); or, with
+`Exits.finish`, the chunk goes on through its other steps first, so that later chunks read what they will read in generation.
 Windows, pins, shot offsets and prompts are each sample's own (D9). A rollout may go on from where another ended. Ranks that share a sample hold
 frames of a chunk while they compute and heads while they attend; latents are a thousandth of that, and whole on each.
 
@@ -50,11 +51,15 @@ class Script:
 
 @dataclass(frozen=True, kw_only=True)
 class Exits:
-    """At which step each chunk ends, and through which chunks gradients go. `levels`: sigma of the clean estimate at each step, None: the solver's."""
+    """At which step each chunk ends, and through which chunks gradients go. `levels`: sigma of the clean estimate at each step, None: the solver's.
+
+    `finish`: what is committed of a chunk has gone through all steps, whatever its exit.
+    """
 
     steps: tuple[int, ...]
     first_with_gradients: int = 0
     levels: tuple[float, ...] | None = None
+    finish: bool = False
 
     def bounds(self, schedule: Schedule, shift: float) -> tuple[int, int] | None:
         """(from, to): unshifted timesteps 0..1000 of the exit step and of the one after it (0 after the last); None where chunks differ."""
@@ -74,6 +79,13 @@ class Standing:
     shots: tuple[int, ...]
     windows: tuple[Window, ...]
     slots: tuple[dict[int, int], ...]
+
+
+class Rolled(NamedTuple):
+    """`x_BFCHW`: latents at the exits, float32, with their graph; `read_BFCHW`: what was committed, or would have been, constants."""
+
+    x_BFCHW: torch.Tensor
+    read_BFCHW: torch.Tensor
 
 
 class StudentRollout:
@@ -106,8 +118,8 @@ class StudentRollout:
         commit_level: float = 0.0,
         more: bool = False,
         stepper: Stepping | None = None,
-    ) -> torch.Tensor:
-        """The films' clean latents [B, F, C, H, W], float32; with a graph in the chunks from `exits.first_with_gradients` on.
+    ) -> Rolled:
+        """The films' clean latents at their exits, with a graph in the chunks from `exits.first_with_gradients` on, and as later chunks read them.
 
         known          given first frames
         before_commit  what is committed of a chunk, (number, latents) -> latents; None: the latents themselves. Told to be at `commit_level`
@@ -116,19 +128,19 @@ class StudentRollout:
         """
         chunks, f = script.chunks, self.settings.chunk_frames
         start = self._open(noise_BFCHW, chunks, Pages if stepper is None or stepper.recorded is None else stepper.recorded.pages)
-        films = []
+        films, read = [], []
         for number in range(chunks):
             rows_B = script.prompt_Bc[:, number]
             asked = Asked(self.dit, text.select(rows_B))
             free = asked if stepper is None else stepper.asked(rows_B)
             run = _Chunk(self, start + number, [bool(row[number]) for row in script.cuts_Bc], noise_BFCHW, known, asked, free)
-            x = run.sample(wide(noise_BFCHW[:, number * f : (number + 1) * f]), exits, number)
+            x, clean = run.sample(wide(noise_BFCHW[:, number * f : (number + 1) * f]), exits, number)
             films.append(x)
+            read.append(clean)
             if more or number + 1 < chunks:
-                clean = x.detach()
                 run.commit(clean if before_commit is None else run.known.clamp(before_commit(number, clean)), commit_level)
             self.standing = run.closed
-        return torch.cat(films, dim=1)
+        return Rolled(torch.cat(films, dim=1), torch.cat(read, dim=1))
 
     def _open(self, noise: torch.Tensor, chunks: int, room: Callable[..., Pages]) -> int:
         """Makes `room` for `chunks` more chunks beside the ones that are still seen, and returns the first free slot."""
@@ -248,8 +260,8 @@ class _Chunk:
                 out = asked.forwards(patchify(x), tokens, asked.dit.levels(told), asked.text, attend, until)
         return None if out is None else gather_frames(wide(unpatchify(out, x.shape[1], tokens.height, tokens.width)), r.mesh)
 
-    def sample(self, noise: torch.Tensor, exits: Exits, number: int) -> torch.Tensor:
-        """The chunk's clean latents at its exit step."""
+    def sample(self, noise: torch.Tensor, exits: Exits, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chunk's clean latents at its exit step, and those that are to be committed."""
         schedule, attend, velocities, x = self.rollout.schedule, self.attends[0], [], self.known.clamp(noise)
         step = exits.steps[number]
         with torch.no_grad():
@@ -260,7 +272,15 @@ class _Chunk:
         with torch.set_grad_enabled(wanted):
             velocity = self._ask(self.asked if wanted else self.free, x, schedule.model_sigma(step), attend)
             level = (exits.levels or schedule.sigmas)[step]
-            return self.known.clamp(x - level * velocity)
+            clean = self.known.clamp(x - level * velocity)
+        if not exits.finish or step + 1 == schedule.steps:
+            return clean, clean.detach()
+        with torch.no_grad():
+            velocities.append(velocity.detach())
+            for later in range(step + 1, schedule.steps):
+                x = self.known.clamp(combine(noise, velocities, schedule.rows[later - 1]))
+                velocities.append(self._ask(self.free, x, schedule.model_sigma(later), attend))
+            return clean, self.known.clamp(combine(noise, velocities, schedule.rows[-1]))
 
     @torch.no_grad()
     def commit(self, clean_BFCHW: torch.Tensor, level: float) -> None:

@@ -17,7 +17,7 @@ import torch
 from ..cache.attend import visible_tensor
 from .clips import Words
 from .films import Films
-from .simulation import Exits, Script, StudentRollout
+from .simulation import Exits, Rolled, Script, StudentRollout
 from .teacher_forcing import Film, frame_positions
 
 
@@ -36,18 +36,18 @@ class Stream:
         """Chunks that are finished."""
         return 0 if self.rollout.standing is None else self.rollout.standing.chunk
 
-    def go_on(self, noise_BFCHW: torch.Tensor, text, exits: Exits, **options) -> torch.Tensor:
-        """The latents of the next segment, as `StudentRollout.run` gives them."""
+    def go_on(self, noise_BFCHW: torch.Tensor, text, exits: Exits, **options) -> Rolled:
+        """The next segment, as `StudentRollout.run` gives it."""
         before, first, count = self.rollout.standing, self.made, len(exits.steps)
         rows = self._rows(noise_BFCHW.device)[:, first : first + count]
         script = Script(cuts_Bc=[film[first : first + count] for film in self.films.cuts], prompt_Bc=rows)
-        x = self.rollout.run(noise_BFCHW, script, text, exits, more=first + count < self.chunks, **options)
+        rolled = self.rollout.run(noise_BFCHW, script, text, exits, more=first + count < self.chunks, **options)
         carried = [[]] * len(self.films.cuts) if before is None else [list(window.order) for window in before.windows]
         self.seen_Bm = [[*chunks, *range(first, first + count)] for chunks in carried]
         self.segment = (len(carried[0]), count)
-        fresh = x.detach()
+        fresh = rolled.read_BFCHW
         self.latents_BFCHW = fresh if self.latents_BFCHW is None else torch.cat((self.latents_BFCHW, fresh), dim=1)
-        return x
+        return rolled
 
     def _rows(self, device: torch.device) -> torch.Tensor:
         return torch.arange(len(self.films.cuts) * self.chunks, device=device).reshape(-1, self.chunks)

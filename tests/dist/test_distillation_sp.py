@@ -32,7 +32,7 @@ def step(mask, player, mesh):
     noise, other = (drawn(seed, BATCH, CHUNKS * F, dit.dims.channels, HEIGHT * 2, WIDTH * 2) for seed in (1, 2))
     with torch.set_grad_enabled(player == "student"):
         rollout = StudentRollout(dit, SETTINGS, mesh=mesh)
-        x = rollout.run(noise, Script(cuts_Bc=cuts, prompt_Bc=prompt), dit.text(embeds), Exits(steps=(1, 0, 1, 1), first_with_gradients=1))
+        x, _ = rollout.run(noise, Script(cuts_Bc=cuts, prompt_Bc=prompt), dit.text(embeds), Exits(steps=(1, 0, 1, 1), first_with_gradients=1))
     film = Film(prompt, frame_positions(cuts, F, 3.0))
     sigma = drawn(3, BATCH, CHUNKS).sigmoid().repeat_interleave(F, 1)
     noisy = (1 - sigma[..., None, None, None]) * x.detach() + sigma[..., None, None, None] * other

@@ -36,7 +36,7 @@ def noise(dtype=torch.float64, batch=BATCH, chunks=CHUNKS):
 
 def simulated(dit, settings=SETTINGS, steps=(LAST,) * CHUNKS, first=0, **options):
     rollout = StudentRollout(dit, settings)
-    return rollout.run(noise(), script(), text_of(dit), Exits(steps=steps, first_with_gradients=first), **options)
+    return rollout.run(noise(), script(), text_of(dit), Exits(steps=steps, first_with_gradients=first), **options).x_BFCHW
 
 
 def gradients(dit, x, weigh=None):
@@ -73,7 +73,7 @@ def test_a_sample_does_not_depend_on_the_cuts_of_another():
     dit, x = toy_dit(), simulated(toy_dit())
     rollout = StudentRollout(dit, SETTINGS)
     one = Script(cuts_Bc=CUTS[1:], prompt_Bc=torch.arange(CHUNKS, 2 * CHUNKS)[None])
-    alone = rollout.run(noise()[1:], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS))
+    alone, _ = rollout.run(noise()[1:], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS))
     torch.testing.assert_close(alone, x[1:])
 
 
@@ -118,9 +118,9 @@ def test_what_the_defects_would_do():
     def leaking(first):
         written = {}
         rollout = StudentRollout(dit, SETTINGS, wrap=lambda attend: _Leaking(attend, written))
-        return gradients(dit, rollout.run(noise()[:1], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS, first_with_gradients=first)), last)
+        return gradients(dit, rollout.run(noise()[:1], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS, first_with_gradients=first)).x_BFCHW, last)
 
-    clean = gradients(dit, StudentRollout(dit, SETTINGS).run(noise()[:1], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS)), last)
+    clean = gradients(dit, StudentRollout(dit, SETTINGS).run(noise()[:1], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS)).x_BFCHW, last)
     assert max((a - b).abs().max() for a, b in zip(leaking(0), clean)) > 1e-3
     x = simulated(dit).detach()
     noised = simulated(dit, before_commit=lambda number, z: add_noise(z, torch.ones_like(z), torch.tensor(0.00498))).detach()
@@ -138,6 +138,20 @@ def test_exits_and_where_gradients_begin():
         assert torch.equal(simulated(dit, steps=(0, 1, 0, 1, 0, 1)), x.detach())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_finished_chunks_are_those_of_generation_whatever_their_exit(variant):
+    dit, settings, exits = toy_dit(), replace(SETTINGS, **VARIANTS[variant]), (0, 1, 0, 0, 1, 0)
+    rollout = StudentRollout(dit, settings)
+    rolled = rollout.run(noise(), script(), text_of(dit), Exits(steps=exits, finish=True))
+    whole = simulated(dit, settings)
+    torch.testing.assert_close(rolled.read_BFCHW, whole.detach(), rtol=0, atol=1e-9)
+    late = [chunk for chunk, step in enumerate(exits) if step == LAST]
+    frames = [chunk * FRAMES + f for chunk in late for f in range(FRAMES)]
+    torch.testing.assert_close(rolled.x_BFCHW[:, frames], whole[:, frames], rtol=0, atol=1e-9)
+    assert rolled.x_BFCHW.requires_grad and not rolled.read_BFCHW.requires_grad
+    assert (rolled.x_BFCHW - rolled.read_BFCHW)[:, :FRAMES].abs().max() > 1e-3
+
+
 def test_a_rollout_goes_on_in_segments():
     """Persistent memory: what later segments see, and what they teach, is what one long rollout gives them."""
     dit, rollout = toy_dit(), StudentRollout(toy_dit(), SETTINGS)
@@ -146,7 +160,7 @@ def test_a_rollout_goes_on_in_segments():
     parts, text = [], text_of(dit)
     for first, last in ((0, 2), (2, 3), (3, 6)):
         part = Script(cuts_Bc=[row[first:last] for row in CUTS], prompt_Bc=script().prompt_Bc[:, first:last])
-        parts.append(rollout.run(noise()[:, first * FRAMES : last * FRAMES], part, text, Exits(steps=exits[first:last]), more=last < 6))
+        parts.append(rollout.run(noise()[:, first * FRAMES : last * FRAMES], part, text, Exits(steps=exits[first:last]), more=last < 6).x_BFCHW)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     late = torch.zeros(1, CHUNKS * FRAMES, 1, 1, 1, dtype=torch.float64)
     late[:, 3 * FRAMES :] = 1

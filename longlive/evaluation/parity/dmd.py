@@ -98,7 +98,7 @@ class _Recording:
         rollout = StudentRollout(self.student, self.settings, **wrap)
         script = Script(cuts_Bc=[cuts] * self.batch, prompt_Bc=prompt)
         noise = self.given["gen_noise"][:, : self.frames]
-        return rollout.run(noise, script, text, self.exits, known=known, before_commit=self._noised)
+        return rollout.run(noise, script, text, self.exits, known=known, before_commit=self._noised).x_BFCHW
 
     def _noised(self, chunk: int, clean: torch.Tensor) -> torch.Tensor:
         noise = self.given.get(f"context_noise.{chunk}")

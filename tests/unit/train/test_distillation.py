@@ -106,7 +106,7 @@ def test_gradients_of_the_last_frames_only(tmp_path):
     task = toy_task(tmp_path, training={"slice_last_frames": 8, "min_num_training_frames": 32})
     step = task.batch(draw_of(task, 0, 0))
     assert step.chunks == 4 and step.exits.first_with_gradients == 3
-    noised = task._noised(step, torch.zeros(2, 32, 48, 2, 4))
+    noised = task._noised(step, *[torch.zeros(2, 32, 48, 2, 4)] * 2)
     assert noised.mask_BF.sum(1).tolist() == [8.0, 8.0] and noised.mask_BF[:, :24].abs().max() == 0
     assert gradients(task, 0)[1]
 
@@ -116,7 +116,7 @@ def test_score_levels_follow_the_exit(tmp_path):
     for number in range(6):
         step = task.batch(draw_of(task, number, 0))
         high, low = step.exits.bounds(task.schedule, 5.0)
-        sigma = task._noised(step, torch.zeros(2, step.chunks * 8, 48, 2, 4)).sigma_BF
+        sigma = task._noised(step, *[torch.zeros(2, step.chunks * 8, 48, 2, 4)] * 2).sigma_BF
         least, most = (max(0.02, min(0.98, 5 * t / 1000 / (1 + 4 * t / 1000))) for t in (low, high))
         assert sigma.min() >= least and sigma.max() <= most + 1e-9
 
@@ -141,7 +141,7 @@ def test_the_critic_is_told_the_velocity_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "score", answer)
     noised = module.DistillationTask._noised
-    monkeypatch.setattr(module.DistillationTask, "_noised", lambda self, step, x: told.setdefault("n", noised(self, step, x)))
+    monkeypatch.setattr(module.DistillationTask, "_noised", lambda self, step, *films: told.setdefault("n", noised(self, step, *films)))
     loss, _ = task.loss(task.batch(draw_of(task, 0, 1)))
     assert loss == (0.5 - (told["n"].noise_BFCHW - told["n"].x_BFCHW)).square().mean((2, 3, 4)).mean()
 
@@ -286,7 +286,7 @@ def test_noise_on_what_is_committed(tmp_path):
     plain, noisy = toy_task(tmp_path), toy_task(tmp_path, algorithm={"context_noise": 100.0})
     assert plain._commit_noise(torch.Generator()) == {} and noisy._commit_noise(torch.Generator())["commit_level"] == 0.1
     with torch.no_grad():
-        ours, theirs = (task._rolled(task.batch(draw_of(task, 0, 0))) for task in (plain, noisy))
+        ours, theirs = (task._rolled(task.batch(draw_of(task, 0, 0))).x_BFCHW for task in (plain, noisy))
     assert torch.equal(ours[:, :8], theirs[:, :8]) and not torch.equal(ours[:, 8:], theirs[:, 8:])
 
 
@@ -301,3 +301,16 @@ def test_a_merged_generator_takes_no_further_lora(tmp_path):
     task = toy_task(tmp_path, checkpoints=checkpoints, adapter=None)
     task.export(tmp_path / "out", 1, {})
     assert task.origin and read_state(next((tmp_path / "out").glob("dit-*"))).metadata["checkpoint_format"] == MERGED_FORMAT
+
+
+def test_history_of_finished_chunks(tmp_path, monkeypatch):
+    """`training.finish_chunks`: scores read the films that generation would make, and judge what left at the exit step."""
+    task, shown = toy_task(tmp_path, training={"finish_chunks": True}, algorithm={"same_step_across_blocks": True}), []
+    scoring = module.score
+    monkeypatch.setattr(module, "score", lambda *given, **how: shown.append(given[6]) or scoring(*given, **how))
+    step = next(s for s in (task.batch(draw_of(task, n, 0)) for n in range(9)) if s.exits.steps[0] == 0)
+    rolled = task._rolled(step)
+    assert (rolled.x_BFCHW - rolled.read_BFCHW).abs().max() > 1e-3
+    loss, _ = task.loss(step)
+    loss.backward()
+    assert len(shown) == 2 and shown[0].shape[1] == 8 * step.chunks and all(not clean.requires_grad for clean in shown)

@@ -62,8 +62,8 @@ def test_only_the_new_segment_counts(task):
     for number in range(3):
         gradients(task, 1, number)
     step = task.batch(draw_of(task, 7, 0))
-    x = task._rolled(step)
-    film, noised = task._shown(step, x)
+    rolled = task._rolled(step)
+    x, (_, noised) = rolled.x_BFCHW, task._shown(step, rolled)
     carried = step.stream.segment[0]
     assert carried > 0 and noised.mask_BF[:, : 8 * carried].abs().max() == 0 and noised.mask_BF[:, 8 * carried :].min() == 1
     assert x.shape[1] == 8 * step.chunks and torch.equal(noised.last(x.shape[1], noised.x_BFCHW)[0], x.detach())
