@@ -8,6 +8,7 @@ Legend: T frames, H W rows and columns, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from ..core.geometry import CHUNK_FRAMES, Geometry
 from ..engine.decode import Inline
+from ..models.vae_fp8 import Fp8Conv
 from ..models.wan_vae import DoublingConv, WholeFrame
 from ..ops.frames import norm_silu
 from .fused import device_rates
@@ -60,9 +62,9 @@ class Timed(WholeFrame):
         )
         y = self._timed(name, lambda: WholeFrame.convolve(self, conv, x_BTHWC, **options))
         positions = y[..., 0].numel()
-        taps = conv.weight[0].numel() * 4 // 9 if doubling else conv.weight[0].numel()
-        self.spans[name].operations += 2.0 * positions * taps * conv.weight.shape[0]
-        self.spans[name].moved += x_BTHWC.nbytes + y.nbytes + conv.weight.nbytes
+        taps = inputs * math.prod(size) * 4 // 9 if doubling else inputs * math.prod(size)
+        self.spans[name].operations += 2.0 * positions * taps * outputs
+        self.spans[name].moved += x_BTHWC.nbytes + y.nbytes
         return y
 
     def norm(self, x_BTHWC: torch.Tensor, gamma: torch.Tensor, past_BPHWC: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -29,6 +29,13 @@ class Fp8Conv(nn.Module):
         self.register_buffer("scale_bits", scales.view(torch.int32))
         self.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
 
+    border = (0, 0, 0, 0)  # the frames bring their own
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(O, C, 3, 3, 3), the shape of the weight that was replaced."""
+        return self.codes.shape[1], self.codes.shape[2], *KERNEL
+
     def of_normed(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None = None) -> tuple[Tensor, None]:
         """As `Conv.of_normed`; nothing is left to add."""
         return self._convolve(x_BTHWC, gamma, walk, bias, None), None
@@ -42,7 +49,11 @@ class Fp8Conv(nn.Module):
         if not walk.spatial.whole:
             raise InputError("a decoder in FP8 works on whole frames; set inference.vae_fp8: false to decode in parts")
         frames = walk.leave(norm_silu_fp8(x_BTHWC, gamma, walk.before(lambda: empty_past(x_BTHWC)), bias))
-        return convolution_fp8(frames, self.codes.view(torch.float8_e4m3fn), self.scale_bits.view(torch.float32), self.bias, beside_BTHWC)
+        return walk.spatial.convolve(self, frames, beside=beside_BTHWC)
+
+    def kernel(self, frames: Tensor, pad: tuple[int, int], *, beside: Tensor | None) -> Tensor:
+        """The bare convolution of frames with their border, plus `beside`."""
+        return convolution_fp8(frames, self.codes.view(torch.float8_e4m3fn), self.scale_bits.view(torch.float32), self.bias, beside)
 
 
 @torch.no_grad()

@@ -121,6 +121,11 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
         self.reset_parameters()
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(outputs, inputs, *kernel size)"""
+        return tuple(self.weight.shape)
+
     def reset_parameters(self) -> None:
         """torch's convolution default: uniform within 1/sqrt(fan_in)."""
         bound = self.weight[0].numel() ** -0.5
