@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Noised:
-    """The student's film `x_BFCHW`, the film as history reads it, and the noised film. `sigma_BF`: what networks are told; `mask_BF`: 1 where a frame counts."""
+    """The student's film `x_BFCHW`, the film as history reads it, the noised film. `sigma_BF`: what networks are told; `mask_BF`: 1 where a frame counts."""
 
     x_BFCHW: torch.Tensor
     read_BFCHW: torch.Tensor
