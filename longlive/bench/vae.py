@@ -57,9 +57,9 @@ class Timed(WholeFrame):
 
     def convolve(self, conv, x_BTHWC: torch.Tensor, **options) -> torch.Tensor:
         doubling = isinstance(conv, DoublingConv)
-        name = (
-            f"{'doubling ' if doubling else ''}{'x'.join(map(str, conv.weight.shape[2:]))} {conv.weight.shape[1]}->{conv.weight.shape[0]} on {_size(x_BTHWC)}"
-        )
+        outputs, inputs, *size = conv.sizes
+        kind = "doubling " if doubling else "fp8 " if isinstance(conv, Fp8Conv) else ""
+        name = f"{kind}{'x'.join(map(str, size))} {inputs}->{outputs} on {_size(x_BTHWC)}"
         y = self._timed(name, lambda: WholeFrame.convolve(self, conv, x_BTHWC, **options))
         positions = y[..., 0].numel()
         taps = inputs * math.prod(size) * 4 // 9 if doubling else inputs * math.prod(size)
