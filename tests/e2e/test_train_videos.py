@@ -136,7 +136,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(places, tmp_path, monkeyp
     refused(InputError, "wan_models/Wan2.2-TI2V-5B", *base)
     refused(InputError, "data.data_path is not set", *base, "data.data_path=null")
     refused(InputError, "nowhere.txt", "evaluation.interval=100", "data.eval_data_path=nowhere.txt")
-    with pytest.raises(InputError, match="a dry run is for trainer diffusion, not vae"):
+    with pytest.raises(InputError, match="a dry run is for trainers diffusion and score_distillation, not vae"):
         rehearse(load_config({"model_kwargs": {"model_name": "tiny"}, "algorithm": {"trainer": "vae"}}))
     with pytest.raises(InputError, match=r"sequence parallelism .* of trainer vae"):
         run(load_config({"algorithm": {"trainer": "vae"}, "model_kwargs": {"model_name": "tiny"}, "infra": {"sequence_parallel_size": 2}}), tmp_path, FRESH)
