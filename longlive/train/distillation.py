@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..cache.attend import visible_tensor
 from ..config.root import Config
 from ..core.errors import ConfigError
 from ..core.log import logger
@@ -46,6 +45,7 @@ from .simulation import Exits, Recorded, Rolled, Script, Stepping, StudentRollou
 from .streaming import Stream, restored
 from .teacher_forcing import Film, frame_positions
 from .trainer import Draw, seed_of
+from .view import training_view, visible_chunks
 
 SHARED = 2  # in seeds of what all ranks draw alike
 
@@ -97,7 +97,7 @@ class DistillationTask:
     ):
         self.config, self.device, self.mesh = config, device, mesh
         self.spec, self.mixed = model_spec(config.model_kwargs.model_name), config.infra.mixed_precision and device.type == "cuda"
-        self.rollout = rollout_settings(config)
+        self.rollout, self.view = rollout_settings(config), training_view(config)
         self.schedule = unipc(self.rollout.steps, self.rollout.shift)
         self.films: FilmSource = open_films(config, self.spec, device, mesh) if films is None else films
         self.origin = origin(config, self.spec) if networks is read_network else {}
@@ -316,7 +316,7 @@ class DistillationTask:
         if step.stream is None:
             return self._film(step), self._noised(step, x, rolled.read_BFCHW)
         t = self.config.training
-        film, clip = step.stream.shown(window=t.visibility == "window", offset=self.rollout.shot_offset if t.shot_offset else 0.0)
+        film, clip = step.stream.shown(self.view, window=t.visibility == "window", offset=self.rollout.shot_offset if t.shot_offset else 0.0)
         x = torch.cat((clip[:, : clip.shape[1] - x.shape[1]], x), dim=1)
         return film, self._noised(step, x, clip, carried=step.stream.segment[0])
 
@@ -324,12 +324,9 @@ class DistillationTask:
         """How scores see the film: as training does (`training.visibility`, `training.shot_offset`)."""
         t, cuts = self.config.training, step.films.cuts
         position = frame_positions(cuts, self.config.chunk_frames, self.rollout.shot_offset if t.shot_offset else 0.0)
-        visible = committed = None
-        if t.visibility == "window":
-            visible = visible_tensor(cuts, self.rollout.policy)
-            committed = visible_tensor(cuts, self.rollout.policy, commit=True) if self.rollout.recache else None
+        visible, committed = visible_chunks(self.config, self.view, cuts)
         prompt = self._script(step).prompt_Bc
-        return Film(prompt, position.to(self.device, non_blocking=True), visible, committed, self.rollout.t_scale, self.rollout.relative)
+        return Film(prompt, position.to(self.device, non_blocking=True), visible, committed, self.view.t_scale, self.view.relative)
 
     def _known_BF(self, step: Step, frames: int | None = None) -> torch.Tensor:
         """Where a frame of the film is given. In long tuning the film's first chunk, where it is shown at all, is the first of those that are."""

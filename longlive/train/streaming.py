@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..cache.attend import visible_tensor
+from ..engine.rollout import RolloutSettings
 from .clips import Words
 from .films import Films
 from .simulation import Exits, Rolled, Script, StudentRollout
@@ -52,9 +53,12 @@ class Stream:
     def _rows(self, device: torch.device) -> torch.Tensor:
         return torch.arange(len(self.films.cuts) * self.chunks, device=device).reshape(-1, self.chunks)
 
-    def shown(self, *, window: bool, offset: float) -> tuple[Film, torch.Tensor]:
-        """Layout and clean latents of what scores see of the last segment. `window`: as generation sees it; `offset`: of every cut, in positions."""
-        settings, x = self.rollout.settings, self.latents_BFCHW
+    def shown(self, settings: RolloutSettings, *, window: bool, offset: float) -> tuple[Film, torch.Tensor]:
+        """Layout and clean latents of what scores see of the last segment, by the `settings` of `view.training_view`.
+
+        `window`: as generation sees it; `offset`: of every cut, in positions.
+        """
+        x = self.latents_BFCHW
         f, chosen = settings.chunk_frames, torch.tensor(self.seen_Bm)
         frames = (chosen[..., None] * f + torch.arange(f)).flatten(1)
         position = frame_positions(self.films.cuts, f, offset).gather(1, frames)

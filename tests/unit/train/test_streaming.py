@@ -42,7 +42,7 @@ def test_scores_see_the_segment_where_it_is(task):
     for number in range(4):
         gradients(task, 1, number)
     stream, (carried, count) = task.stream, task.stream.segment
-    film, clip = stream.shown(window=True, offset=8.0)
+    film, clip = stream.shown(task.view, window=True, offset=8.0)
     cuts, policy = stream.films.cuts, task.rollout.policy
     every, position = visible_tensor(cuts, policy), frame_positions(cuts, 8, 8.0)
     assert carried == policy.pages and clip.shape[1] == 8 * (carried + count)
