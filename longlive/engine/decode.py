@@ -174,6 +174,8 @@ class OtherDevice:
         self.thread.start()
 
     def _work(self) -> None:
+        if self.worker.device.type == "cuda":
+            torch.cuda.set_device(self.worker.device)  # of this thread: kernels are launched on the current device
         while (job := self.jobs.get()) is not None:
             z_BFCHW, produced = job
             try:
