@@ -30,6 +30,7 @@ from ..models.sizes import dit_dims, shapes_of
 from ..models.spec import ModelSpec
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, load_into, merge_record, native_state, read_state
+from ..parallel.fsdp import whole
 from ..parallel.mesh import Mesh
 from ..precision.linear import QuantisedLinear
 from .low_precision import CRITIC as CRITIC_QUANT
@@ -186,7 +187,10 @@ def published(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 class Merged(Mapping):
-    """The parameters of a network by name, those of layers with `adapter` with it merged in, computed when asked for. `tensors`: A and B, by published name."""
+    """The parameters of a network by name, those of layers with `adapter` with it merged in, computed when asked for. `tensors`: A and B, by published name.
+
+    Sharded ones are gathered one by one: every rank must ask for the same.
+    """
 
     def __init__(self, dit: WanDiT, adapter: str, tensors: Mapping[str, torch.Tensor]):
         self.plain = {name: p.detach() for name, p in dit.named_parameters() if f".{lora.BRANCHES}." not in name}
@@ -201,10 +205,10 @@ class Merged(Mapping):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight, layer = self.plain[name], name.removesuffix(".weight")
-        weight = weight.dense(torch.float32) if isinstance(weight, QuantisedLinear) else weight
+        weight = weight.dense(torch.float32) if isinstance(weight, QuantisedLinear) else whole(weight)
         if layer == name or layer not in self.branches:
             return weight
-        a_RI, b_OR = (self.tensors[f"{lora.PUBLISHED}{layer}.lora_{side}.weight"].detach().float() for side in "AB")
+        a_RI, b_OR = (whole(self.tensors[f"{lora.PUBLISHED}{layer}.lora_{side}.weight"].detach()).float() for side in "AB")
         return weight.float() + self.branches[layer].alpha / len(a_RI) * (b_OR @ a_RI)
 
 

@@ -10,6 +10,7 @@ from longlive.config.show import config_table
 from longlive.parallel import fsdp
 from longlive.parallel.data_parallel import Replicas
 from longlive.parallel.mesh import Mesh
+from longlive.train.cast import Merged
 
 
 def loop_of(folder, logdir, strategy, resume=False, sp_size=1, **sections):
@@ -37,6 +38,8 @@ def two(folder):
         loop.fit()
         found[strategy] = weights(loop)
         found[strategy + " shards"] = loop.sharded
+        merged = Merged(loop.task.module, "generator", loop.players[0].trained.state_dict())
+        found[strategy + " merged"] = {name: merged[name].clone() for name in merged}
     if loop.replicas.rank == 0:
         shutil.copytree(folder / "full" / "checkpoint_model_000002", folder / "resumed" / "checkpoint_model_000002")
         shutil.copytree(folder / "full" / "checkpoint_model_000002", folder / "one" / "checkpoint_model_000002")
@@ -74,6 +77,7 @@ def test_sharded_or_not_they_learn_the_same(found):
     _, (first, _) = found
     assert first["full shards"] and not first["no_shard shards"]
     assert close(first["full"], first["no_shard"])
+    assert close(first["full merged"], first["no_shard merged"])  # what an evaluation sees
 
 
 def test_a_sharded_run_goes_on(found):
