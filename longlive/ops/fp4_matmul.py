@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from . import nvfp4
 from .fp8 import RowFP8, to_e4m3
-from .nvfp4 import NVFP4
+from .nvfp4 import GROUP, NVFP4, rule_named
+from .random_bits import counter_bits
 from .triton_available import fused_fp8
 
 
@@ -25,18 +26,27 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.to(torch.float32) @ b.to(torch.float32).t()
 
 
-def quantised_activation(x: torch.Tensor, rule: str, amax: torch.Tensor | None = None) -> NVFP4:
-    """`x` [B, M, K] in NVFP4 with an amax for each of B (`amax` float32 [B]: of a whole of which x is a part); no wait for the device, NaN stays NaN."""
-    if fused_fp8(x):
+def quantised_activation(x: torch.Tensor, rule: str, amax: torch.Tensor | None = None, seed: int | None = None) -> NVFP4:
+    """`x` [B, M, K] in NVFP4 with an amax for each of B (`amax` float32 [B]: of a whole of which x is a part); no wait for the device, NaN stays NaN.
+
+    `seed`: round stochastically, with the bits that belong to seed and place.
+    """
+    if fused_fp8(x) and x.shape[-1] % GROUP == 0:
         from .triton_fp4 import quantise_fused
 
-        return quantise_fused(x, rule, amax=amax)
-    return nvfp4.quantise(x, rule, amax=amax, on_nonfinite="nan")
+        return quantise_fused(x, rule_named(rule), amax=amax, seed=seed)
+    bits = None if seed is None else counter_bits(seed, x.shape, device=x.device)
+    return nvfp4.quantise(x, rule, amax=amax, bits=bits, on_nonfinite="nan")
+
+
+def _unpacks(t: NVFP4) -> bool:
+    """Whether the fused kernels take this tensor: on a card that has them, rows of whole groups."""
+    return fused_fp8(t.codes) and t.shape[-1] % GROUP == 0
 
 
 def products(t: NVFP4, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """[..., R, K]: code * scale, which `dtype` holds exactly."""
-    if fused_fp8(t.codes):
+    if _unpacks(t):
         from .triton_fp4 import unpack_fused
 
         return unpack_fused(t, torch.ones_like(t.amax), dtype)
@@ -45,7 +55,7 @@ def products(t: NVFP4, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def dequantised(w: NVFP4, dtype: torch.dtype) -> torch.Tensor:
     """`w.dequantise(dtype)`, in one pass on a GPU."""
-    if fused_fp8(w.codes):
+    if _unpacks(w):
         from .triton_fp4 import unpack_fused
 
         return unpack_fused(w, w.decode_scale, dtype)
@@ -54,7 +64,7 @@ def dequantised(w: NVFP4, dtype: torch.dtype) -> torch.Tensor:
 
 def as_rows(w: NVFP4, scales: torch.Tensor) -> RowFP8:
     """Weights [N, K] as FP8 with the row scales [N, 1] that `quant_matmul.repack_fp8` found: the same codes, without looking for the largest again."""
-    if fused_fp8(w.codes):
+    if _unpacks(w):
         from .triton_fp4 import rows_fused
 
         return rows_fused(w, scales)

@@ -22,7 +22,6 @@ from . import nvfp4
 from .fp4_matmul import products, quantised_activation, wide_product
 from .hadamard import SIZE, hadamard
 from .nvfp4 import GROUP, NVFP4
-from .random_bits import counter_bits
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 DGRAD, WGRAD = 0, 1
@@ -45,10 +44,7 @@ def quantised_part(x_BMK: torch.Tensor, rule: str, reduce: Reduce | None, seed: 
     amax = None
     if reduce is not None:
         amax = reduce(x_BMK.detach().abs().amax((1, 2)).to(torch.float32))
-    if seed is None:
-        return quantised_activation(x_BMK, rule, amax)
-    bits = counter_bits(seed, x_BMK.shape, device=x_BMK.device)
-    return nvfp4.quantise(x_BMK, rule, amax=amax, bits=bits, on_nonfinite="nan")
+    return quantised_activation(x_BMK, rule, amax, seed)
 
 
 def times(a: NVFP4, b_NK: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:

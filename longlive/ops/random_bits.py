@@ -16,11 +16,16 @@ WORD = 0xFFFFFFFF
 COLUMN, ROW, SEED = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 
 
-def _mix(word: torch.Tensor) -> torch.Tensor:
+def _mix(word: torch.Tensor | int) -> torch.Tensor | int:
     """A bijection of 32-bit words in which every bit of the input reaches every bit of the output."""
     word = (word ^ (word >> 16)) * 0x21F0AAAD & WORD
     word = (word ^ (word >> 15)) * 0x735A2D97 & WORD
     return word ^ (word >> 15)
+
+
+def seed_word(seed: int) -> int:
+    """What a seed of 64 bits contributes to every place: 32 bits."""
+    return _mix(seed & WORD) ^ _mix((seed >> 32 & WORD) + SEED & WORD)
 
 
 def counter_bits(seed: int, shape: tuple[int, ...], *, row: int = 0, column: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -31,7 +36,7 @@ def counter_bits(seed: int, shape: tuple[int, ...], *, row: int = 0, column: int
     *_, rows, columns = shape
     lead = torch.arange(torch.Size(shape[:-2]).numel(), device=device) * rows
     place = (lead.unsqueeze(1) + torch.arange(row, row + rows, device=device)).reshape(*shape[:-1], 1)
-    start = _mix(torch.tensor(seed & WORD, device=device)) ^ _mix(torch.tensor(seed >> 32 & WORD, device=device) + SEED & WORD)
+    start = seed_word(seed)
     by_row = _mix((_mix(place & WORD) * ROW + (place >> 32) * SEED & WORD) ^ start)
     word = _mix(by_row + torch.arange(column, column + columns, device=device) * COLUMN & WORD)
     return _mix(word ^ start) >> (32 - RANDOM_BITS)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .fp8 import RowFP8
 from .nvfp4 import GROUP, NVFP4, RULES
+from .random_bits import seed_word
 
 MEASURES = {None: 0, "mse": 1, "mae": 2, "abs_max": 3}
 
@@ -49,9 +50,40 @@ def to_e4m3(x):
 
 
 @triton.jit
-def candidate(largest, scale, factor, E: tl.constexpr):
-    """(E4M3 bits, value, factor on the data) of groups with the largest magnitude `largest`."""
-    bits, value = to_e4m3(tl.div_rn(largest, E) * scale * factor)
+def mix(word):
+    """`random_bits._mix` of uint32."""
+    word = (word ^ (word >> 16)) * 0x21F0AAAD
+    word = (word ^ (word >> 15)) * 0x735A2D97
+    return word ^ (word >> 15)
+
+
+@triton.jit
+def random_24(start, row, column):
+    """`random_bits.counter_bits` at rows and columns (below 2^32) of a tensor; `start` is what the seed makes of itself. float32 in [0, 1)."""
+    by_row = mix((mix(row.to(tl.uint32)) * 0x85EBCA77) ^ start)
+    bits = mix(mix(by_row + column.to(tl.uint32) * 0x9E3779B1) ^ start) >> 8
+    return bits.to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def e2m1_stochastic(y, chance):
+    """`fp4.encode_stochastic` with `chance` in [0, 1)."""
+    m = tl.abs(y)
+    below = (m >= 0.5).to(tl.int32) + (m >= 1.0).to(tl.int32) + (m >= 1.5).to(tl.int32)
+    below += (m >= 2.0).to(tl.int32) + (m >= 3.0).to(tl.int32) + (m >= 4.0).to(tl.int32)
+    steps = tl.where(below < 4, 2.0, tl.where(below < 6, 1.0, 0.5))
+    share = tl.minimum((m - e2m1_value(below)) * steps, 1.0)
+    return (below + (chance < share).to(tl.int32)) | ((y < 0.0).to(tl.int32) << 3)
+
+
+@triton.jit
+def candidate(largest, scale, factor, E: tl.constexpr, UP: tl.constexpr):
+    """(E4M3 bits, value, factor on the data) of groups with the largest magnitude `largest`; UP: the scale is rounded up."""
+    wanted = tl.div_rn(largest, E) * scale * factor
+    bits, value = to_e4m3(wanted)
+    if UP:
+        bits = bits + (value < tl.minimum(wanted, 448.0)).to(tl.int32)
+        value = e4m3_value(bits.to(tl.uint8))
     inverse = tl.minimum(tl.div_rn(1.0, value * tl.div_rn(1.0, scale)), 3.4028234663852886e38)
     return bits, value, tl.where(value == 0.0, 0.0, tl.where(scale == 0.0, 0.0, inverse))
 
@@ -92,11 +124,13 @@ def value_at(x, at, i: tl.constexpr, mean, at_mean, MEAN: tl.constexpr, inside):
 
 @triton.jit
 def store_groups(
-    x, at, mean, at_mean, inside, amax, codes, at_codes, scales, at_scales, E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, MEAN: tl.constexpr
-):
+    x, at, mean, at_mean, inside, amax, codes, at_codes, scales, at_scales, start, row, column,
+    E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, MEAN: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
     """Quantises the groups of 16 that begin at `x + at`, with the amax of their tensor, and stores their 8 bytes and their scale.
 
-    With MEAN, `mean + at_mean` is where the features of each group begin in a row that is subtracted first.
+    With MEAN, `mean + at_mean` is where the features of each group begin in a row that is subtracted first. With STOCHASTIC, bits come from `start` and
+    the group's place, `row` and `column`.
     """
     PRODUCT: tl.constexpr = E * M
     scale = tl.where(amax * (3.4028234663852886e38 / PRODUCT) > 1.0, tl.div_rn(amax * 0.0 + PRODUCT, amax), 0.0)
@@ -107,9 +141,9 @@ def store_groups(
         fine = fine & finite(v)
         largest = tl.maximum(largest, tl.abs(v))
     largest = tl.where(fine, largest, 0.0)
-    bits, value, inverse = candidate(largest, scale, 1.0, E)
+    bits, value, inverse = candidate(largest, scale, 1.0, E, STOCHASTIC)
     if MEASURE > 0:
-        bits_4, value_4, inverse_4 = candidate(largest, scale, 1.5, E)
+        bits_4, value_4, inverse_4 = candidate(largest, scale, 1.5, E, STOCHASTIC)
         six, four = tl.zeros_like(largest), tl.zeros_like(largest)
         for i in tl.static_range(16):
             v = tl.where(fine, value_at(x, at, i, mean, at_mean, MEAN, inside), 0.0)
@@ -120,7 +154,11 @@ def store_groups(
     for i in tl.static_range(8):
         low = tl.where(fine, value_at(x, at, 2 * i, mean, at_mean, MEAN, inside), 0.0)
         high = tl.where(fine, value_at(x, at, 2 * i + 1, mean, at_mean, MEAN, inside), 0.0)
-        byte = e2m1(low * inverse) | (e2m1(high * inverse) << 4)
+        if STOCHASTIC:
+            byte = e2m1_stochastic(low * inverse, random_24(start, row, column + 2 * i))
+            byte = byte | (e2m1_stochastic(high * inverse, random_24(start, row, column + 2 * i + 1)) << 4)
+        else:
+            byte = e2m1(low * inverse) | (e2m1(high * inverse) << 4)
         tl.store(codes + at_codes + i, byte.to(tl.uint8), mask=inside)
     tl.store(scales + at_scales, tl.where(fine, bits, 0x7F).to(tl.uint8), mask=inside)
 
@@ -136,13 +174,18 @@ def fused_largest(x, amax, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fused_quantise(x, amax, codes, scales, groups, E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr):
-    """B tensors of `groups` groups each, one behind another."""
+def fused_quantise(
+    x, amax, codes, scales, groups, row_groups, start,
+    E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """B tensors of `groups` groups each, one behind another; rows count through all of them."""
     b = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = group < groups
     at = b * groups + group
-    store_groups(x, at * 16, x, at, inside, tl.load(amax + b), codes, at * 8, scales, at, E, M, MEASURE, False)
+    row, column = at // row_groups, at % row_groups * 16
+    word = (tl.zeros_like(row).to(tl.int32) + start).to(tl.uint32, bitcast=True)
+    store_groups(x, at * 16, x, at, inside, tl.load(amax + b), codes, at * 8, scales, at, word, row, column, E, M, MEASURE, False, STOCHASTIC)
 
 
 @triton.jit
@@ -163,8 +206,13 @@ def fused_unpack(codes, scales, factor, row_scales, out, row_groups, tensor_grou
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def quantise_fused(x: torch.Tensor, rule: str, *, amax: torch.Tensor | None = None) -> NVFP4:
-    """`nvfp4.quantise(x, rule, amax=amax, on_nonfinite="nan")` for x [B, R, K] on a GPU, K a multiple of 16."""
+def signed(word: int) -> int:
+    """The 32 bits of `word` as a signed number, which a kernel takes as 32 bits whatever their value."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def quantise_fused(x: torch.Tensor, rule: str, *, amax: torch.Tensor | None = None, seed: int | None = None) -> NVFP4:
+    """`nvfp4.quantise(x, rule, amax=amax, on_nonfinite="nan")` for x [B, R, K] on a GPU, K a multiple of 16; `seed`: with the bits of `counter_bits(seed)`."""
     x = x.contiguous()
     batch, rows, columns = x.shape
     if amax is None:
@@ -177,8 +225,9 @@ def quantise_fused(x: torch.Tensor, rule: str, *, amax: torch.Tensor | None = No
     scales = torch.empty(batch, rows, columns // GROUP, dtype=torch.uint8, device=x.device)
     groups, how = rows * columns // GROUP, RULES[rule]
     fused_quantise[(triton.cdiv(groups, 128), batch)](
-        x, amax, codes, scales, groups, E=how.code, M=how.scale, MEASURE=MEASURES[how.error], BLOCK=128, num_warps=4, enable_fp_fusion=False
-    )
+        x, amax, codes, scales, groups, columns // GROUP, 0 if seed is None else signed(seed_word(seed)),
+        E=how.code, M=how.scale, MEASURE=MEASURES[how.error], STOCHASTIC=seed is not None, BLOCK=128, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return NVFP4(codes, scales, amax, rule, 1, tuple(x.shape), x.dtype)
 
 

@@ -83,8 +83,9 @@ def fused_page_groups(
     at = ((page * tokens + n) * heads + h) * groups + g
     head = b * heads + h
     store_groups(
-        x, b * x_b + n * x_n + h * x_h + g * 16, mean, head * D + g * 16, inside, tl.load(amax + head), codes, at * 8, scales, at, E, M, MEASURE, True
-    )
+        x, b * x_b + n * x_n + h * x_h + g * 16, mean, head * D + g * 16, inside, tl.load(amax + head), codes, at * 8, scales, at, 0, n, n,
+        E, M, MEASURE, True, False,
+    )  # fmt: skip
 
 
 @triton.jit

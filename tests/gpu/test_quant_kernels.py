@@ -13,6 +13,7 @@ from longlive.ops.fp8_matmul import fp8_product, quantised_rows
 from longlive.ops.kv_formats import FORMATS, dequantise_page, quantise_page
 from longlive.ops.kv_reading import read_pages, write_page
 from longlive.ops.quant_matmul import repack_fp8, w4a4, w8a8
+from longlive.ops.random_bits import counter_bits
 from longlive.precision.backends import BACKENDS, choose
 from longlive.precision.capability import FP4_FAMILIES, FP8_FAMILIES, probe
 
@@ -59,6 +60,9 @@ def test_nvfp4_quantiser(rule, spread):
     assert fp4_matmul.quantised_activation(x, rule) == right
     half = fp4_matmul.quantised_activation(x[:, 100:200].contiguous(), rule, right.amax)
     assert torch.equal(half.codes, right.codes[:, 100:200])
+    for seed in (3, 2**40 + 17):
+        bits = counter_bits(seed, x.shape, device="cuda")
+        assert fp4_matmul.quantised_activation(x, rule, seed=seed) == nvfp4.quantise(x, rule, bits=bits)
     x[1, 7, 9] = torch.nan
     mine, theirs = fp4_matmul.quantised_activation(x, rule), nvfp4.quantise(x, rule, on_nonfinite="nan")
     assert torch.equal(mine.codes, theirs.codes) and torch.equal(mine.scales, theirs.scales) and torch.equal(mine.amax, theirs.amax)

@@ -90,6 +90,7 @@ def test_training_on_a_gpu_has_the_gradients_of_a_cpu(kind):
         x = torch.randn(2, 48, DIMS.dim, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
         y = dit.blocks[0].ffn(x)
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(device))
-        found.append([t.detach().cpu() for t in (y, x.grad, dit.blocks[0].ffn[0].weight.grad, dit.blocks[0].ffn[2].weight.grad, dit.blocks[0].ffn[0].bias.grad)])
+        first, second = dit.blocks[0].ffn[0], dit.blocks[0].ffn[2]
+        found.append([t.detach().cpu() for t in (y, x.grad, first.weight.grad, second.weight.grad, first.bias.grad)])
     for mine, right in zip(found[1], found[0]):
         assert apart(mine, right) < 0.02
