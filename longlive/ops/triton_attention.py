@@ -3,6 +3,8 @@
 A program takes a block of queries of one head through all keys. Weights within a block are exp2(logit - highest + 8), so that e4m3 holds them down to 2^-17
 of the largest. Values come transposed, since the tensor cores read both operands of an FP8 product along the summed dimension.
 
+`ROLES`: some warps fetch and others compute.
+
 Legend: B batch, N queries, M keys, H heads, d head features.
 """
 
@@ -21,7 +23,7 @@ QUERIES, KEYS = 128, 128
 @triton.jit
 def fused_attention_fp8(
     q_rows, k_rows, v_rows, out, N, M, H, scale,
-    d: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WHOLE: tl.constexpr,
+    d: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WHOLE: tl.constexpr, ROLES: tl.constexpr,
 ):  # fmt: skip
     head, b = tl.program_id(1), tl.program_id(2)
     n = tl.program_id(0) * BN
@@ -29,7 +31,7 @@ def fused_attention_fp8(
     highest = tl.full([BN], -1e30, dtype=tl.float32)
     weight = tl.zeros([BN], dtype=tl.float32)
     read = tl.zeros([BN, d], dtype=tl.float32)
-    for m in range(0, M, BM):
+    for m in tl.range(0, M, BM, warp_specialize=ROLES):
         logits = tl.dot(q, k_rows.load([b * M + m, head * d]).T)
         if not WHOLE:
             logits = tl.where((m + tl.arange(0, BM) < M)[None, :], logits, float("-inf"))
@@ -88,6 +90,20 @@ def attention(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BHdM: torch.Tensor, 
     k_rows = TensorDescriptor.from_tensor(k_BMHd.view(B * M, H * d), [KEYS, d])
     v_rows = TensorDescriptor.from_tensor(v_BHdM.view(B * H * d, M), [d, KEYS])
     fused_attention_fp8[(triton.cdiv(N, QUERIES), H, B)](
-        q_rows, k_rows, v_rows, out, N, M, H, d**-0.5 * math.log2(math.e), d=d, BN=QUERIES, BM=KEYS, WHOLE=M % KEYS == 0, num_warps=8, num_stages=3
+        q_rows,
+        k_rows,
+        v_rows,
+        out,
+        N,
+        M,
+        H,
+        d**-0.5 * math.log2(math.e),
+        d=d,
+        BN=QUERIES,
+        BM=KEYS,
+        WHOLE=M % KEYS == 0,
+        ROLES=False,
+        num_warps=8,
+        num_stages=3,
     )
     return out
