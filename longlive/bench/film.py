@@ -92,18 +92,20 @@ def run_film(pipeline: Pipeline, chunks: int, *, decode: bool, prompt: str = PRO
     return Arrivals(tuple(at), tuple(denoise), warm, last - first)
 
 
-def first_chunk_seconds(pipeline: Pipeline, prompt: str = PROMPT) -> float:
-    """From embeddings ready to the first frames on the host, of a fresh film of one chunk."""
+def first_seconds(pipeline: Pipeline, prompt: str = PROMPT) -> tuple[float, float]:
+    """From embeddings ready to the first frames on the host, and to the whole first chunk, of a fresh film of one chunk."""
     pipeline.text_encoder.encode([prompt])
     _wait(pipeline.device)
+    told: list[float] = []
     began = time.perf_counter()
     with film_session(pipeline, 1, decode=True, prompt=prompt) as session:
+        session.on_frames = lambda frames: told.append(time.perf_counter() - began)
         next(session)
-        return time.perf_counter() - began
+        return told[0], time.perf_counter() - began
 
 
 class ChunkDecoder:
-    """Steady chunks of latents through an inline decode stage, without the way to the host."""
+    """Steady chunks of latents through a decode stage, without the way to the host."""
 
     def __init__(self, pipeline: Pipeline):
         self.device = pipeline.codec.device
@@ -114,7 +116,8 @@ class ChunkDecoder:
         self.take()  # the first chunk of a stream is shorter
 
     def take(self) -> None:
-        self.stage.decode(self.z_BFCHW)
+        for _ in self.stage.groups(self.z_BFCHW):
+            pass
 
     def seconds(self, repeats: int) -> list[float]:
         """Device seconds of `repeats` chunks, after one that is not counted."""

@@ -2,7 +2,8 @@
 
 A stage takes chunks in order and gives frames in order: `submit(z)`, then `collect()` what is ready, `drain()` for the rest. Frames are uint8
 on the host, converted where they were decoded, so that a quarter of the bytes travels. At most `DEPTH` chunks are under way; a failure
-surfaces at the next call. The stream state of the VAE is explicit: `state()` finishes what is under way and returns a copy.
+surfaces at the next call. The stream state of the VAE is explicit: `state()` finishes what is under way and returns a copy. `on_frames`, where it is set,
+is told a film's next frames as soon as some of a chunk are on the host.
 
 Stages: Inline (any device), SideStream (same GPU, second stream), OtherDevice (own thread and GPU), NoDecode (latents only).
 Legend: B batch, C latent channels, F latent frames, T pixel frames, H, W pixels.
@@ -13,15 +14,23 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
+from ..core.geometry import TEMPORAL_STRIDE
+
 DEPTH = 2
+
+
+OnFrames = Callable[[torch.Tensor], None]
 
 
 class DecodeStage(Protocol):
     """Decodes one film's stream of chunks. Frames come out as uint8 [B, T, H, W, 3] on the host, or None where nothing is decoded."""
+
+    on_frames: OnFrames | None
 
     def submit(self, z_BFCHW: torch.Tensor) -> None: ...
 
@@ -38,6 +47,8 @@ class DecodeStage(Protocol):
 
 class NoDecode:
     """Latents only."""
+
+    on_frames: OnFrames | None = None
 
     def __init__(self):
         self.waiting = 0
@@ -64,21 +75,33 @@ class NoDecode:
 class Inline:
     """Decodes in place, at once, on the codec's device."""
 
+    on_frames: OnFrames | None = None
+
     def __init__(self, codec):
         self.codec, self.device = codec, codec.device
         self.stream = None
         self.ready: deque[torch.Tensor] = deque()
 
     @torch.no_grad()
-    def decode(self, z_BFCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, T, H, W, 3] on the codec's device; advances the stream."""
-        parts = []
+    def groups(self, z_BFCHW: torch.Tensor) -> Iterator[torch.Tensor]:
+        """uint8 [B, T, H, W, 3] on the codec's device, some frames at a time; advances the stream."""
         for self.stream, frames_BTHWC in self.codec.byte_groups(self.stream, z_BFCHW):
-            parts.append(frames_BTHWC)
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            yield frames_BTHWC
 
     def submit(self, z_BFCHW: torch.Tensor) -> None:
-        self.ready.append(self.decode(z_BFCHW).cpu())
+        self.ready.append(self.decode(z_BFCHW))
+
+    def decode(self, z_BFCHW: torch.Tensor) -> torch.Tensor:
+        """The chunk's frames on the host."""
+        parts = []
+        for frames in self.groups(z_BFCHW):
+            parts.append(frames.cpu())
+            self._tell(parts[-1])
+        return _joined(parts)
+
+    def _tell(self, frames: torch.Tensor) -> None:
+        if self.on_frames is not None:
+            self.on_frames(frames)
 
     def collect(self) -> list[torch.Tensor]:
         ready = list(self.ready)
@@ -99,43 +122,50 @@ class Inline:
 
 
 class SideStream(Inline):
-    """The same GPU, a second stream: decoding overlaps the next chunk. Two pinned buffers are reused in turn."""
+    """The same GPU, a second stream of higher priority: decoding overlaps the next chunk. Two pinned buffers are reused in turn."""
 
     def __init__(self, codec):
         super().__init__(codec)
-        self.side = torch.cuda.Stream(device=self.device)
-        self.under_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self.side = torch.cuda.Stream(device=self.device, priority=-1)  # frames are wanted sooner than the next chunk's latents
+        self.under_way: deque[list[tuple[torch.Tensor, torch.cuda.Event]]] = deque()
         self.pinned: list[torch.Tensor | None] = [None] * DEPTH
         self.turn = 0
 
     def submit(self, z_BFCHW: torch.Tensor) -> None:
         if len(self.under_way) == DEPTH:
             self._finish_one()
+        self.turn = (self.turn + 1) % DEPTH
         self.side.wait_stream(torch.cuda.current_stream(self.device))
+        pieces, at = [], 0
         with torch.cuda.stream(self.side):
-            frames = self.decode(z_BFCHW)
-            host = self._buffer(frames)
-            host.copy_(frames, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(self.side)
+            for frames in self.groups(z_BFCHW):
+                host = self._buffer(frames, z_BFCHW.shape[1], at)
+                at += frames.numel()
+                host.copy_(frames, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record(self.side)
+                pieces.append((host, done))
         if z_BFCHW.is_cuda:
             z_BFCHW.record_stream(self.side)  # its memory may be reused only after the decode has read it
-        self.under_way.append((host, done))
+        self.under_way.append(pieces)
 
-    def _buffer(self, frames: torch.Tensor) -> torch.Tensor:
-        self.turn = (self.turn + 1) % DEPTH
-        buffer = self.pinned[self.turn]
-        if buffer is None or buffer.numel() < frames.numel():
-            buffer = self.pinned[self.turn] = torch.empty(frames.numel(), dtype=torch.uint8, pin_memory=True)
-        return buffer[: frames.numel()].view(frames.shape)
+    def _buffer(self, frames: torch.Tensor, latents: int, at: int) -> torch.Tensor:
+        """Pinned memory for `frames`, which begin at value `at` of a chunk of so many latent frames."""
+        buffer, needed = self.pinned[self.turn], frames[:, 0].numel() * TEMPORAL_STRIDE * latents
+        if buffer is None or buffer.numel() < needed:
+            buffer = self.pinned[self.turn] = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
+        return buffer[at : at + frames.numel()].view(frames.shape)
 
     def _finish_one(self) -> None:
-        host, done = self.under_way.popleft()
-        done.synchronize()
-        self.ready.append(host.clone())
+        parts = []
+        for host, done in self.under_way.popleft():
+            done.synchronize()
+            parts.append(host.clone())
+            self._tell(parts[-1])
+        self.ready.append(_joined(parts))
 
     def collect(self) -> list[torch.Tensor]:
-        while self.under_way and self.under_way[0][1].query():
+        while self.under_way and self.under_way[0][-1][1].query():
             self._finish_one()
         return super().collect()
 
@@ -164,8 +194,11 @@ class SideStream(Inline):
 class OtherDevice:
     """A second device with a thread of its own. The queue holds at most `DEPTH` chunks; then `submit` waits."""
 
+    on_frames: OnFrames | None = None
+
     def __init__(self, codec):
         self.worker = Inline(codec)
+        self.worker.on_frames = lambda frames: self.on_frames and self.on_frames(frames)  # called by the decoding thread
         self.jobs: queue.Queue = queue.Queue(maxsize=DEPTH)
         self.done: queue.Queue = queue.Queue()
         self.failure = None
@@ -180,7 +213,7 @@ class OtherDevice:
             z_BFCHW, produced = job
             try:
                 if self.failure is None:
-                    self.done.put(self.worker.decode(self._fetch(z_BFCHW, produced)).cpu())
+                    self.done.put(self.worker.decode(self._fetch(z_BFCHW, produced)))
             except BaseException as error:  # handed over to the thread that generates, which raises it
                 self.failure = error
             finally:
@@ -235,6 +268,10 @@ class OtherDevice:
         self.jobs.put(None)
         self.thread.join()
         self.worker.close()
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 STAGES = {"inline": Inline, "side-stream": SideStream, "other-device": OtherDevice}

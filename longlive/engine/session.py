@@ -20,7 +20,7 @@ from ..core.errors import InputError
 from ..core.geometry import pixel_frames
 from ..core.story import ChunkPlan, Shot, Storyboard, plan
 from .conditioning import Conditioning
-from .decode import NoDecode
+from .decode import NoDecode, OnFrames
 from .memory import trim_heap
 from .rollout import Rollout, RolloutSnapshot, chunk_noise
 from .text_rows import TextRows
@@ -81,7 +81,11 @@ class SessionSnapshot:
 
 
 class Session:
-    """`for chunk in session` yields `ChunkResult`s in order. Use it as a context manager, or call `close`."""
+    """`for chunk in session` yields `ChunkResult`s in order. Use it as a context manager, or call `close`.
+
+    `on_frames`, when set, is told the film's next frames, uint8 [B, T, H, W, 3] on the host, as soon as a part of a chunk is decoded (by the decoder's
+    thread where it has one).
+    """
 
     def __init__(self, pipeline, request: Request):
         self.pipeline, self.request = pipeline, request
@@ -113,6 +117,8 @@ class Session:
         guided = pipeline.settings.guidance != 1.0
         self.text = TextRows(pipeline.dit, pipeline.text_encoder, pipeline.negative_prompt if guided else None)
         self.decoder = pipeline.decode_stage() if request.decode else NoDecode()
+        self.on_frames: OnFrames | None = None
+        self.decoder.on_frames = lambda frames: self.on_frames and self.on_frames(frames)
         self.cursor, self.cancelled = 0, False
         self._under_way: deque[tuple[ChunkResult, object]] = deque()
         self._ready: deque[ChunkResult] = deque()

@@ -35,6 +35,15 @@ def test_a_stage_gives_the_frames_of_inline_decoding(kind, device):
     assert (found.int() - expected.int()).abs().max() <= 2
 
 
+def test_a_side_stream_tells_frames_in_order_before_their_chunk_is_whole():
+    pipeline, told = pipeline_on("side-stream"), []
+    pipeline.codec.group = 1
+    with pipeline.session(Request(storyboards=(STORY,), samples=2)) as session:
+        session.on_frames = told.append
+        whole = torch.cat([chunk.frames for chunk in session], dim=1)
+    assert len(told) == 24 and torch.equal(torch.cat(told, dim=1), whole)
+
+
 @pytest.mark.parametrize("kind", ["inline", "side-stream", "other-device"])
 def test_a_snapshot_is_exact_on_a_gpu(kind):
     pipeline = pipeline_on(kind)

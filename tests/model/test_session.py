@@ -156,6 +156,18 @@ def test_requests_that_cannot_be_one_batch(pipeline):
         film(pipeline, Storyboard(shots=(Shot(prompt="x"),)))
 
 
+@pytest.mark.parametrize("kind", ["inline", "other-device"])
+def test_frames_are_told_as_soon_as_a_part_of_a_chunk_is_there(kind):
+    pipeline, told = random_pipeline(), []
+    pipeline.decode_kind, pipeline.codec.group = kind, 1
+    with pipeline.session(Request(storyboards=(STORY,))) as session:
+        session.on_frames = told.append
+        first = next(session)
+        assert told and told[0].shape[1] == 1 and torch.equal(told[0], first.frames[:, :1])
+        frames = torch.cat([first.frames, *(chunk.frames for chunk in session)], dim=1)
+    assert len(told) == 2 * len(session.plans[0]) and torch.equal(torch.cat(told, dim=1), frames)
+
+
 class SlowCodec:
     """Counts what is under way; fails at chunk `fail_at`."""
 
