@@ -23,7 +23,7 @@ def _generate(c: Config):
 
 def _train(c: Config):
     ranks, kind = c.infra.sequence_parallel_size, c.algorithm.trainer
-    alone = c.adapter is not None and kind != "score_distillation"
+    alone = c.adapter is not None and kind in ("vae", "judge")
     yield alone, f"training a LoRA (the adapter section) with trainer {kind}", "remove the adapter section and lora_ckpt to train all weights"
     yield ranks > 1 and kind in ("vae", "judge"), f"sequence parallelism (infra.sequence_parallel_size: {ranks}) of trainer {kind}", "set it to 1"
     for name in ("real_score", "fake_score"):

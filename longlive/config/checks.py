@@ -116,6 +116,8 @@ def _training(c: Config) -> str | None:
         return f"{both} both put noise on the clean history; set one of them to 0"
     if t.position_gap and t.visibility == "window" and c.inference.use_relative_rope:
         return f"training.position_gap({t.position_gap}) has no meaning for positions inside the window (inference.use_relative_rope); set one of them to 0"
+    if c.adapter is not None and t.optimizer == "muon" and c.algorithm.trainer == "diffusion":
+        return "training.optimizer(muon) with an adapter section: the narrow matrices of a LoRA learn with adamw; set it to adamw"
     if c.world.min_shots > c.world.max_shots:
         return f"world.min_shots({c.world.min_shots}) > world.max_shots({c.world.max_shots}); swap them"
     if c.data.min_latent_frames % n:

@@ -61,9 +61,9 @@ def _vae(logdir: Path | None) -> Callable:
 
 
 def _diffusion(logdir: Path | None) -> Callable:
-    from .diffusion import DiffusionTask
+    from .lora_training import diffusion_task
 
-    return partial(DiffusionTask, logdir=logdir)
+    return partial(diffusion_task, logdir=logdir)
 
 
 def _distillation(logdir: Path | None) -> Callable:

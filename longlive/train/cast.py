@@ -136,12 +136,7 @@ def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtyp
     teacher = network(at_teacher, False, TEACHER)
     for dit, name, wanted in ((student, STUDENT, adapter is not None), (critic, CRITIC, adapted)):
         if wanted:
-            generator = torch.Generator().manual_seed(config.logging.seed)  # the same on every rank (spec training §9.1, D7)
-            started = starting_adapter(config, name)
-            rank, alpha = (adapter.fresh_rank, adapter.alpha) if started is None else (started.rank, started.alpha)
-            lora.attach(dit, spec, rank, alpha, adapter.dropout, generator, name=name)
-            if started is not None:
-                lora.load_adapter_state(dit, published(started), name)
+            attach(dit, spec, config, name)
     names = (STUDENT if adapter else None, None, CRITIC if adapted else None)
     voices = [Voice(dit, name, mask) for dit, name, mask in zip((student, teacher, critic), names, ("causal", *masks(config)))]
     for voice in voices:
@@ -149,6 +144,15 @@ def make_cast(config: Config, spec: ModelSpec, device: torch.device, frozen_dtyp
         for branch in voice.all_branches:
             branch.requires_grad_(True)
     return Cast(*voices, tuple(low))
+
+
+def attach(dit: WanDiT, spec: ModelSpec, config: Config, name: str) -> None:
+    """Puts the LoRA of the `adapter` section on a network, equal on every rank (spec training §9.1, D7), and freezes everything else of it."""
+    adapter, started = config.adapter, starting_adapter(config, name)
+    rank, alpha = (adapter.fresh_rank, adapter.alpha) if started is None else (started.rank, started.alpha)
+    lora.attach(dit, spec, rank, alpha, adapter.dropout, torch.Generator().manual_seed(config.logging.seed), name=name)
+    if started is not None:
+        lora.load_adapter_state(dit, published(started), name)
 
 
 def origin(config: Config, spec: ModelSpec) -> dict[str, Any]:

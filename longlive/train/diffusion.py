@@ -74,7 +74,8 @@ class DiffusionTask:
         self.mixed = config.infra.mixed_precision and device.type == "cuda"
         self.clips: ClipSource = open_clips(config, spec, device, mesh)
         module, self.origin = starting_generator(config, spec, device)
-        self.low = low_precision(config, GENERATOR, module, spec, mesh)
+        self.low = low_precision(config, GENERATOR, module, spec, mesh, frozen=config.adapter is not None)
+        self._adapt(module, spec)
         check_heads(module.dims.heads, mesh.sp_size)
         self.module: nn.Module = module
         self.clips.load(module.dims)
@@ -93,6 +94,9 @@ class DiffusionTask:
             compile=compile_blocks if self.settings.compile else None,
         )
         apply(self.module, device, plan)
+
+    def _adapt(self, module: WanDiT, spec: ModelSpec) -> None:
+        """Chooses what of the network learns: everything."""
 
     def _memory(self, module: WanDiT) -> TrainingMemory:
         """The estimate for this process. Attention over the whole history at absolute positions can be kept where a kernel of the card reads it."""

@@ -407,7 +407,8 @@ class DistillationTask:
         if self.cast.student.adapter is None:
             save_generator(folder, dict(self.module.named_parameters()), ema, metadata)
         else:
-            save_adapters(folder, self.cast, ema, metadata)
+            voices = (self.cast.student, self.cast.critic)
+            save_adapters(folder, {voice.adapter: voice.dit for voice in voices if voice.adapter is not None}, ema, metadata)
 
     def finish(self, folder: Path) -> dict[str, float]:
         return {}

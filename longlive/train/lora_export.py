@@ -14,28 +14,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import CheckpointError
 from ..core.log import launch_rank
 from ..models.lora import Adapter, adapter_of, adapter_state
 from ..models.lora_files import ENTRY, adapter_from, holds_lora, read_lora, write_lora
 from ..parallel.fsdp import whole
-from .cast import Cast, Voice
+from .cast import STUDENT
 from .checkpoint import folders
 from .export import save_container
 
 FILE, FOLDER = "lora.pt", "lora"
 
 
-def save_adapters(folder: Path, cast: Cast, ema: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes both forms over older ones. Sharded tensors are gathered: then every rank must call it, and the first writes."""
-    entries = {"generator_lora": _on_host(ema or adapter_state(cast.student.dit, cast.student.adapter))}
-    if cast.critic.adapter is not None:
-        entries["critic_lora"] = _on_host(adapter_state(cast.critic.dit, cast.critic.adapter))
+def save_adapters(folder: Path, networks: Mapping[str, nn.Module], ema: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes both forms over older ones. `networks`: by the name of the LoRA on it, `generator` first; `ema` is that one's average.
+
+    Sharded tensors are gathered: then every rank must call it, and the first writes.
+    """
+    entries = {f"{name}_lora": _on_host(ema if ema and name == STUDENT else adapter_state(network, name)) for name, network in networks.items()}
     if launch_rank()[0]:
         return
-    student = _adapter(cast.student, entries["generator_lora"])
+    student = _adapter(networks[STUDENT], entries[ENTRY])
     about = {"step": int(metadata["step"]), **{key: value for key, value in metadata.items() if key != "step"}}
     save_container(folder / FILE, {**entries, "lora_rank": student.rank, "lora_alpha": student.alpha, "weights": "ema" if ema else "raw", **about})
     _write_folder(folder / FOLDER, student)
@@ -56,9 +57,9 @@ def _on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor.detach()).to(torch.bfloat16).cpu() for name, tensor in state.items()}
 
 
-def _adapter(voice: Voice, tensors: Mapping[str, Tensor]) -> Adapter:
+def _adapter(network: nn.Module, tensors: Mapping[str, Tensor]) -> Adapter:
     """The tensors as an adapter with the alpha of the network's."""
-    return adapter_from(tensors, FOLDER).with_alpha(adapter_of(voice.dit, voice.adapter).alpha)
+    return adapter_from(tensors, FOLDER).with_alpha(adapter_of(network, STUDENT).alpha)
 
 
 

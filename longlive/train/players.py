@@ -53,8 +53,7 @@ class Player:
         self.role, self.name, self.network, self.trained = role, role.name, role.network, role.trained
         self.parameters = [p for p in role.trained.parameters() if p.requires_grad]
         rates = {"lr": role.lr, "betas": role.betas, "weight_decay": weight_decay}
-        whole = optimizer == "muon" and role.trained is role.network
-        self.optimizer: Optimizers = muon(role.network, **rates) if whole else adamw(self.parameters, **rates)
+        self.optimizer: Optimizers = muon(role.network, **rates) if optimizer == "muon" else adamw(self.parameters, **rates)
         self.ema = EMA(role.trained, role.ema_decay, ema_start_step)
 
     def due(self, step: int) -> bool:
