@@ -79,8 +79,3 @@ def by_kind(found: list[Kernel]) -> dict[str, float]:
     for kernel in found:
         kinds[kernel.kind] = kinds.get(kernel.kind, 0.0) + kernel.seconds
     return dict(sorted(kinds.items(), key=lambda item: -item[1]))
-
-
-def kernel_seconds(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of kernels of each kind on this GPU during `work`."""
-    return by_kind(kernels(work, device))

@@ -29,7 +29,7 @@ from ..train.launch import training_device
 from .flops import training_flops, utilisation
 from .record import Record, surroundings
 from .step import RECOMPUTE, SHARDING, StepSettings, TrainingStep
-from .timing import kernel_seconds, timed
+from .timing import by_kind, kernels, timed
 
 NONE = "none"
 LAYOUTS = (NONE, CONTIGUOUS, BALANCED)
@@ -37,6 +37,7 @@ PEAK = 989e12  # bfloat16 operations a second of one H100 or H200, dense, by its
 CARD_SHARE = 0.96  # of the memory; equal on all ranks, so that they run out at the same place; the rest is for the libraries
 VOTE = timedelta(seconds=120)
 GIB = 2**30
+LONGEST = 30  # kernels that a profile names
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -237,7 +238,9 @@ class _Bench:
             step.take()
             return {}
         try:
-            return {"kernel_seconds": kernel_seconds(step.take, self.device)}
+            found = kernels(step.take, self.device)
+            longest = [{"name": k.name[:120], "kind": k.kind, "seconds": round(k.seconds, 4), "launches": k.launches} for k in found[:LONGEST]]
+            return {"kernel_seconds": by_kind(found), "longest_kernels": longest}
         except RuntimeError as error:
             return {"profile_failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
 
@@ -285,9 +288,9 @@ def _name(key: dict) -> str:
 def _line(values: dict) -> str:
     if values["status"] != "done":
         return f"{values['status']} ({values.get('message', 'it ended the processes')[:140]})"
-    kernels = ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in values.get("kernel_seconds", {}).items())
+    kinds = ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in values.get("kernel_seconds", {}).items())
     return (
         f"{values['seconds_per_step']:.3f} s/step, {values['tokens_per_second']:.0f} tokens/s, {values['tflops_per_second_and_card']:.1f} TFLOP/s a card = "
         f"{100 * values['utilisation']:.1f} % of {PEAK / 1e12:.0f}, peak {max(values['peak_gib_by_rank']):.1f} GiB"
-        + (f"; kernel seconds: {kernels}" if kernels else "")
+        + (f"; kernel seconds: {kinds}" if kinds else "")
     )
