@@ -12,10 +12,10 @@ import torch
 KINDS = (
     ("communication", ("nccl",)),
     ("attention", ("fmha", "flash", "sdpa", "mha_", "attention")),
-    ("fused", ("fused_",)),
     ("copies", ("memcpy", "memset", "copy", "catarray", "nchwtonhwc", "nhwctonchw", "converttensor")),
     ("convolution", ("fprop", "dgrad", "wgrad", "conv", "implicit")),
     ("gemm", ("gemm", "nvjet", "cutlass", "xmma", "wgmma", "cublas")),
+    ("fused", ("fused_",)),
 )
 
 

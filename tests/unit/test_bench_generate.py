@@ -103,6 +103,8 @@ def test_random_networks_are_the_same_every_time_and_no_matrix_is_zero():
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize256x128x64", "convolution"),
         ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float, false>", "copies"),
         ("fused_norm_silu", "fused"),
+        ("fused_attention_fp8", "attention"),
+        ("fused_convolution_fp8", "convolution"),
     ],
 )
 def test_kernels_of_generation_are_sorted_by_name(kernel, kind):
