@@ -194,17 +194,23 @@ class SideStream(Inline):
 class OtherDevice:
     """A second device with a thread of its own. The queue holds at most `DEPTH` chunks; then `submit` waits."""
 
-    on_frames: OnFrames | None = None
-
     def __init__(self, codec):
         self.worker = Inline(codec)
-        self.worker.on_frames = lambda frames: self.on_frames and self.on_frames(frames)  # called by the decoding thread
         self.jobs: queue.Queue = queue.Queue(maxsize=DEPTH)
         self.done: queue.Queue = queue.Queue()
         self.failure = None
         self.copies: torch.cuda.Stream | None = None
         self.thread = threading.Thread(target=self._work, name="longlive-decode", daemon=True)
         self.thread.start()
+
+    @property
+    def on_frames(self) -> OnFrames | None:
+        """Called by the decoding thread."""
+        return self.worker.on_frames
+
+    @on_frames.setter
+    def on_frames(self, told: OnFrames | None) -> None:
+        self.worker.on_frames = told
 
     def _work(self) -> None:
         if self.worker.device.type == "cuda":

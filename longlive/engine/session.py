@@ -117,13 +117,19 @@ class Session:
         guided = pipeline.settings.guidance != 1.0
         self.text = TextRows(pipeline.dit, pipeline.text_encoder, pipeline.negative_prompt if guided else None)
         self.decoder = pipeline.decode_stage() if request.decode else NoDecode()
-        self.on_frames: OnFrames | None = None
-        self.decoder.on_frames = lambda frames: self.on_frames and self.on_frames(frames)
         self.cursor, self.cancelled = 0, False
         self._under_way: deque[tuple[ChunkResult, object]] = deque()
         self._ready: deque[ChunkResult] = deque()
         self._ahead: tuple[int, torch.Tensor] | None = None  # noise of a coming chunk
         self._last = time.perf_counter()
+
+    @property
+    def on_frames(self) -> OnFrames | None:
+        return self.decoder.on_frames
+
+    @on_frames.setter
+    def on_frames(self, told: OnFrames | None) -> None:
+        self.decoder.on_frames = told
 
     @property
     def chunks(self) -> int:

@@ -1,7 +1,9 @@
 """Sessions: the same film however it is batched, interrupted, copied or decoded."""
 
+import gc
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -166,6 +168,20 @@ def test_frames_are_told_as_soon_as_a_part_of_a_chunk_is_there(kind):
         assert told and told[0].shape[1] == 1 and torch.equal(told[0], first.frames[:, :1])
         frames = torch.cat([first.frames, *(chunk.frames for chunk in session)], dim=1)
     assert len(told) == 2 * len(session.plans[0]) and torch.equal(torch.cat(told, dim=1), frames)
+
+
+def test_a_session_is_freed_with_its_last_name():
+    session = random_pipeline().session(Request(storyboards=(STORY,)))
+    session.on_frames = lambda frames: None
+    next(session)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(session.rollout)  # its pages are most of a card's memory
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 class SlowCodec:
