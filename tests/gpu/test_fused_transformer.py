@@ -5,6 +5,7 @@ import torch
 from kernels_here import DEVICE, GPU_ONLY, INTERPRETED, MARKS, apart, close, random
 
 from longlive.ops import heads as heads_op
+from longlive.ops import inference
 from longlive.ops import linear as linear_op
 from longlive.ops import residual as residual_op
 from longlive.ops.attention import attention
@@ -184,3 +185,15 @@ def test_heads_reach_the_pages_through_the_kernel(monkeypatch):
         again = heads_op.norm_rope_write(wants, rope, slot, *pages[2:], rotate_k=True)
     assert len(calls) == 1
     assert apart(q, again) < 0.01 and apart(pages[0], pages[2]) < 0.01 and torch.equal(pages[1], pages[3])
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("settings", [{}, {"relative": True}, {"guidance": 3.0}], ids=str)
+def test_a_film_in_half_precision_is_no_worse_than_without_kernels(settings, monkeypatch):
+    from test_transformer import film
+
+    truth, fast = film("cpu", torch.float32, **settings), film("cuda", torch.bfloat16, **settings)
+    monkeypatch.setattr(inference, "fused", lambda x: False)
+    monkeypatch.setattr(linear_op, "unrecorded", lambda *tensors: False)
+    plain = film("cuda", torch.bfloat16, **settings)
+    assert 0 < apart(fast, plain) and apart(fast, truth) < 1.1 * apart(plain, truth)
