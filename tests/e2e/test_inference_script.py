@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longlive.cli.app import run
-from longlive.cli.entry import inference, inference_sp, train
+from longlive.cli.entry import inference, inference_sp
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["A red circle bounces.", "a robot / with \"quotes\": 100%", "Ein Roboter läuft. 机器人走路"]
@@ -94,14 +94,10 @@ def test_bad_input_is_refused_in_one_line(monkeypatch, places, tmp_path, capsys,
     assert not (tmp_path / "films").exists()
 
 
-def test_sp_and_train_scripts_say_what_is_missing(monkeypatch, capsys, tmp_path):
+def test_the_sp_script_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert run(inference_sp, ["--config_path", "configs/inference_sp.yaml"]) == 2
     assert "sequence parallelism (sp_size 4 x dp_size 1) is not available yet" in capsys.readouterr().err
-    flags = ["--logdir", str(tmp_path / "logs"), "--wandb-save-dir", "wandb", "--disable-wandb", "--no_save", "--no_visualize", "--no-auto-resume"]
-    assert run(train, ["--config_path", "configs/train_dmd.yaml", *flags]) == 2
-    assert "distillation (algorithm.trainer: score_distillation) is not available yet" in capsys.readouterr().err
-    assert not (tmp_path / "logs").exists()
 
 
 def test_a_receipt_names_the_weights(monkeypatch, places, tmp_path):

@@ -159,7 +159,7 @@ def test_blocks_compile_into_one_graph_that_later_steps_reuse():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"ordered"}))
+@pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"ordered", "fp8"}))
 @pytest.mark.parametrize("masked", ["none", "bool", "float"])
 def test_attention_kernels_agree(kernel, masked):
     q, k, v = (torch.randn(2, n, 3, 8) for n in (5, 7, 7))
