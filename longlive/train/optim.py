@@ -26,12 +26,14 @@ def adamw(parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, 
 def guarded_step(parts: Iterable[torch.optim.Optimizer], refused: torch.Tensor) -> None:
     """One step of every optimizer, unless `refused`, a float32 scalar on the parameters' device, is 1: then weights and states stay as they are.
 
-    By torch's own convention for overflows, the attribute `found_inf`, which fused AdamW and `muon.Muon` read on the device.
+    By torch's own convention for overflows, the attribute `found_inf`, which fused AdamW and `muon.Muon` read on the device. Fused AdamW writes
+    weights behind the back of their version counters; here they count, since what is made of weights (`cast.Stepper`, texts) is kept until they change.
     """
     for part in parts:
         part.found_inf = refused
         part.step()
         del part.found_inf
+        torch.autograd.graph.increment_version([p for group in part.param_groups for p in group["params"]])
 
 
 def learning_rate(step: int, progress: float, *, lr: float, warmup_steps: int, schedule: str) -> float:

@@ -19,7 +19,11 @@ from longlive.models.weights import MERGED_FORMAT, read_state, save_state
 from longlive.parallel.mesh import Mesh
 from longlive.train import RunOptions, checkpoint, rehearse, run
 from longlive.train import distillation as module
+from longlive.train.cast import Merged
 from longlive.train.lora_export import export_lora, is_lora_run
+from longlive.train.optim import guarded_step
+from longlive.train.players import Player
+from longlive.train.state import parts
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +305,24 @@ def test_a_merged_generator_takes_no_further_lora(tmp_path):
     task = toy_task(tmp_path, checkpoints=checkpoints, adapter=None)
     task.export(tmp_path / "out", 1, {})
     assert task.origin and read_state(next((tmp_path / "out").glob("dit-*"))).metadata["checkpoint_format"] == MERGED_FORMAT
+
+
+@pytest.mark.parametrize("adapter", [{}, None], ids=["LoRA", "all weights"])
+def test_the_copy_that_makes_rollouts_follows_the_optimizer(tmp_path, adapter):
+    """Fused AdamW writes weights without a sign on them: the copy must notice all the same."""
+    task = toy_task(tmp_path, adapter=adapter, infra={"rollout_copy": True}, training={"ema_weight": 0.0})
+    player = Player(task.roles[0])
+    for step in range(2):
+        began = {name: p.clone() for name, p in task.stepper.current().named_parameters()}
+        loss, _ = task.loss(task.batch(draw_of(task, step, 0)))
+        loss.backward()
+        guarded_step(parts(player.optimizer), torch.zeros(()))
+        player.optimizer.zero_grad()
+        now = dict(task.stepper.current().named_parameters())
+        wanted = Merged(task.module, "generator", task.roles[0].trained.state_dict()) if adapter is not None else dict(task.module.named_parameters())
+        assert any(not torch.equal(now[name], p) for name, p in began.items())
+        for name, p in now.items():
+            torch.testing.assert_close(p, wanted[name], rtol=1e-6, atol=1e-7)
 
 
 def test_history_of_finished_chunks(tmp_path, monkeypatch):
