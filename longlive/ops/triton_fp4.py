@@ -151,6 +151,7 @@ def store_groups(
             four = joined(four, error_term(v, inverse_4, value_4, amax, PRODUCT, MEASURE), MEASURE)
         better = four < six
         bits, inverse = tl.where(better, bits_4, bits), tl.where(better, inverse_4, inverse)
+    first, second = tl.zeros_like(bits), tl.zeros_like(bits)  # a group's 8 bytes as two words
     for i in tl.static_range(8):
         low = tl.where(fine, value_at(x, at, 2 * i, mean, at_mean, MEAN, inside), 0.0)
         high = tl.where(fine, value_at(x, at, 2 * i + 1, mean, at_mean, MEAN, inside), 0.0)
@@ -159,7 +160,13 @@ def store_groups(
             byte = byte | (e2m1_stochastic(high * inverse, random_24(start, row, column + 2 * i + 1)) << 4)
         else:
             byte = e2m1(low * inverse) | (e2m1(high * inverse) << 4)
-        tl.store(codes + at_codes + i, byte.to(tl.uint8), mask=inside)
+        if i < 4:
+            first = first | (byte << (8 * i))
+        else:
+            second = second | (byte << (8 * i - 32))
+    words = codes.to(tl.pointer_type(tl.int32), bitcast=True) + at_codes // 4
+    tl.store(words, first, mask=inside)
+    tl.store(words + 1, second, mask=inside)
     tl.store(scales + at_scales, tl.where(fine, bits, 0x7F).to(tl.uint8), mask=inside)
 
 
