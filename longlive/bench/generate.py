@@ -7,6 +7,7 @@ The film is a `Session` with a `DecodeStage` as everywhere else. Networks are ra
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -39,7 +40,7 @@ class GenerateSettings:
 
     `config`: a configuration file with checkpoints, changed by `overrides`; None: random weights of `model`. `decode`: an entry of `engine.decode.STAGES`.
     `attention`: an entry of `ops.attention.KERNELS`. `graphs`: record forwards: auto, on or off. `group`: latent frames per call of the decoder, 0 = the
-    codec's own choice. `vaes` may be ("none",): sampling alone.
+    codec's own choice. `vaes` may be ("none",): sampling alone. No measurement begins after `seconds`.
     """
 
     model: str = "wan2.2-ti2v-5b"
@@ -58,6 +59,7 @@ class GenerateSettings:
     graphs: str = "auto"
     attention: str = "auto"
     profile: bool = False
+    seconds: float = 540.0
 
     def check(self) -> None:
         """Raises InputError for what cannot run."""
@@ -115,6 +117,7 @@ class _Bench:
     def __init__(self, settings: GenerateSettings, device: torch.device, path: Path | None, report: Callable[[str], None]):
         self.settings, self.device, self.path, self.report = settings, device, path, report
         self.rows: list[dict] = []
+        self.began = time.perf_counter()
         s = settings
         if s.config is not None:
             self.networks = CheckpointNetworks(s.config, s.overrides, device)
@@ -223,6 +226,9 @@ class _Bench:
 
     def _tried(self, work: Callable[[], dict]) -> dict:
         """What `work` gives, or its failure: a case that cannot run must not end the others."""
+        elapsed = time.perf_counter() - self.began
+        if elapsed > self.settings.seconds:
+            return {"failed": f"not begun, {elapsed:.0f} s are over (--seconds {self.settings.seconds:g})"}
         try:
             return work()
         except LongLiveError:

@@ -101,6 +101,7 @@ def generate(
     graphs: Annotated[str, typer.Option("--graphs", help="Record forwards as CUDA graphs: auto, on, off.")] = "auto",
     attention: Annotated[str, typer.Option("--attention", help="Self-attention: auto, fp8, ordered, sdpa.")] = "auto",
     profile: Annotated[bool, typer.Option("--profile", help="Where the kernels' time goes, for a chunk of sampling and of decoding.")] = False,
+    seconds: Annotated[float, typer.Option("--seconds", help="No measurement begins later.")] = 540.0,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option("--compare", metavar="A B", help="Two settings in turn, such as steps=4 steps=2 (precision, steps, vae, group, graphs, attention)."),
@@ -115,7 +116,7 @@ def generate(
     settings = GenerateSettings(
         model=model, config=config, overrides=tuple(override), precisions=_words(precision), steps=_numbers("--steps", steps), vaes=_words(vae), chunks=chunks,
         height=height, width=width, window=window, decode=decode, group=group, layers=layers, graphs=graphs,
-        attention=attention, profile=profile,
+        attention=attention, profile=profile, seconds=seconds,
     )  # fmt: skip
     bench_generate(settings, path, _say, compare=compare)
     typer.echo(f"wrote {path}")

@@ -59,6 +59,11 @@ def test_a_case_that_fails_is_a_row(monkeypatch):
     assert row["failed"] == "no such algorithm" and row["denoise_fps"] > 0 and row["end_to_end_fps"] > 0
 
 
+def test_no_measurement_begins_late():
+    (row,) = bench_generate(small(seconds=-1.0), None, lambda line: None, device=CPU)
+    assert "not begun" in row["failed"] and "denoise_fps" not in row
+
+
 def test_two_settings_in_turn(tmp_path):
     lines = []
     rows = bench_generate(small(steps=(4,), chunks=2), tmp_path / "compare.json", lines.append, device=CPU, compare=("vae=none", "vae=none,steps=1"))
