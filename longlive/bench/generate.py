@@ -73,7 +73,7 @@ class GenerateSettings:
         if self.graphs not in GRAPHS:
             raise InputError(f"--graphs {self.graphs!r} is none of {', '.join(GRAPHS)}")
         if self.decode not in STAGES or self.decode == "other-device":
-            raise InputError(f"--decode {self.decode!r} is none of inline, side-stream")
+            raise InputError(f"--decode {self.decode!r} is none of inline, same-stream, side-stream")
         if (self.height is None) != (self.width is None):
             raise InputError("--height and --width belong together; give both or neither")
         if self.config is None and (self.window < CHUNK_FRAMES or self.window % CHUNK_FRAMES):

@@ -95,7 +95,7 @@ def generate(
     height: Annotated[int | None, typer.Option("--height", help="Pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,
     window: Annotated[int, typer.Option("--window", help="Latent frames that attention sees (random weights).")] = 32,
-    decode: Annotated[str, typer.Option("--decode", help="How frames are decoded: inline or side-stream.")] = "side-stream",
+    decode: Annotated[str, typer.Option("--decode", help="How frames are decoded: inline, same-stream or side-stream.")] = "side-stream",
     group: Annotated[int, typer.Option("--group", help="Latent frames per call of the decoder; 0: the whole chunk.")] = 0,
     layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the generator (random weights); default: all.")] = None,
     graphs: Annotated[str, typer.Option("--graphs", help="Record forwards as CUDA graphs: auto, on, off.")] = "auto",

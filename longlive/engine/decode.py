@@ -5,7 +5,7 @@ on the host, converted where they were decoded, so that a quarter of the bytes t
 surfaces at the next call. The stream state of the VAE is explicit: `state()` finishes what is under way and returns a copy. `on_frames`, where it is set,
 is told a film's next frames as soon as some of a chunk are on the host.
 
-Stages: Inline (any device), SideStream (same GPU, second stream), OtherDevice (own thread and GPU), NoDecode (latents only).
+Stages: Inline (any device), SameStream (a GPU, queued), SideStream (same GPU, second stream), OtherDevice (own thread and GPU), NoDecode (latents only).
 Legend: B batch, C latent channels, F latent frames, T pixel frames, H, W pixels.
 """
 
@@ -191,6 +191,14 @@ class SideStream(Inline):
         super().close()
 
 
+class SameStream(SideStream):
+    """The same GPU and the same stream, without a wait for the host: decoding and the next chunk follow each other, and none slows the other."""
+
+    def __init__(self, codec):
+        super().__init__(codec)
+        self.side = torch.cuda.current_stream(self.device)
+
+
 class OtherDevice:
     """A second device with a thread of its own. The queue holds at most `DEPTH` chunks; then `submit` waits."""
 
@@ -280,9 +288,9 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-STAGES = {"inline": Inline, "side-stream": SideStream, "other-device": OtherDevice}
+STAGES = {"inline": Inline, "same-stream": SameStream, "side-stream": SideStream, "other-device": OtherDevice}
 
 
 def decode_stage(kind: str, codec) -> DecodeStage:
-    """A fresh stage for one film: "inline", "side-stream", "other-device", or "none"."""
+    """A fresh stage for one film: "inline", "same-stream", "side-stream", "other-device", or "none"."""
     return NoDecode() if kind == "none" else STAGES[kind](codec)

@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(kw_only=True)
 class Pipeline:
-    """The parts. `decode_kind` is "inline", "side-stream" or "other-device" (see `engine.decode`).
+    """The parts. `decode_kind` is "inline", "same-stream", "side-stream" or "other-device" (see `engine.decode`).
 
     dit on `device` in `dtype`; codec on its own device in its own dtype; `text_encoder.encode(prompts)` gives [n_i, text_dim] each.
     `cuda_graphs`: forwards are recorded and replayed (`engine.fixed`); "auto" on a GPU for chunks of at most `SMALL_CHUNK` tokens in all films together.

@@ -25,7 +25,7 @@ def frames(pipeline):
         return torch.cat([chunk.frames for chunk in session], dim=1)
 
 
-@pytest.mark.parametrize("kind, device", [("side-stream", "cuda:0"), ("other-device", "cuda:1"), ("other-device", "cpu")])
+@pytest.mark.parametrize("kind, device", [("same-stream", "cuda:0"), ("side-stream", "cuda:0"), ("other-device", "cuda:1"), ("other-device", "cpu")])
 def test_a_stage_gives_the_frames_of_inline_decoding(kind, device):
     if device == "cuda:1" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -44,7 +44,7 @@ def test_a_side_stream_tells_frames_in_order_before_their_chunk_is_whole():
     assert len(told) == 24 and torch.equal(torch.cat(told, dim=1), whole)
 
 
-@pytest.mark.parametrize("kind", ["inline", "side-stream", "other-device"])
+@pytest.mark.parametrize("kind", ["inline", "same-stream", "side-stream", "other-device"])
 def test_a_snapshot_is_exact_on_a_gpu(kind):
     pipeline = pipeline_on(kind)
     with pipeline.session(Request(storyboards=(STORY,))) as session:

@@ -77,7 +77,7 @@ def test_two_settings_in_turn(tmp_path):
     [
         ({"precisions": ("fp3",)}, "'fp3' is none of"),
         ({"vaes": ("wam",)}, "unknown vae_type 'wam'"),
-        ({"decode": "other-device"}, "inline, side-stream"),
+        ({"decode": "other-device"}, "inline, same-stream, side-stream"),
         ({"width": None}, "belong together"),
         ({"window": 12}, "--window 12"),
         ({"steps": (0,)}, "at least 1"),
