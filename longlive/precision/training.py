@@ -4,6 +4,7 @@
     Nvfp4Frozen    packed weights without masters under a LoRA, or of a teacher: forward and gradient of the input in NVFP4
     Fp8Trained     all three products in FP8, one scale a row; the fast path on Ada and Hopper
 
+Compiled blocks leave these layers as they are: seeds and versions would compile anew at every step.
 Random bits are a function of (seed of the micro-step, layer, product, place), so that a resumed or recomputed step rounds as it did.
 (Spec nvfp4 §6, training §7.)
 
@@ -95,6 +96,7 @@ class Nvfp4Trained(TrainedLinear):
             self._packed = (*version, made)
         return self._packed[2]
 
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Nvfp4Product.apply(_samples(x), self.weight, self.bias, self, _dtype(x)).reshape(*x.shape[:-1], self.out_features)
 
@@ -135,6 +137,7 @@ class Nvfp4Frozen(EmulatedLinear):
         self.recipe, self.moment, self.number = recipe, moment, moment.layers
         moment.layers += 1
 
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _FrozenProduct.apply(_samples(x), self, _dtype(x)).reshape(*x.shape[:-1], self.out_features)
 
@@ -156,6 +159,7 @@ class _FrozenProduct(torch.autograd.Function):
 class Fp8Trained(TrainedLinear):
     """See the module. Rows are scaled one by one, so that shards of tokens need nothing of each other."""
 
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Fp8Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, _dtype(x)).reshape(*x.shape[:-1], self.out_features)
 

@@ -195,3 +195,26 @@ def test_a_network_is_converted_with_its_names_and_takes_lora(kind, frozen):
     assert dit.blocks[0].ffn[0].lora[0].b.grad is not None
     dit.to(torch.bfloat16)
     assert dit.blocks[0].ffn[0](x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [NVFP4_TRAINED, FP8_TRAINED])
+def test_compiled_blocks_compute_the_same_and_compile_once(kind):
+    torch._dynamo.reset()
+    dit = WanDiT(DIMS)
+    converter = TrainingConverter(kind=kind)
+    converter.convert(dit, TINY)
+    ffn, x = dit.blocks[0].ffn, torch.randn(1, 16, DIMS.dim)
+    compiles = []
+
+    def backend(graph, inputs):
+        compiles.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(ffn, backend=backend)
+    for seed in range(3):
+        converter.moment.begin(seed)
+        converter.moment.weights_changed()
+        torch.testing.assert_close(compiled(x), ffn(x))
+        if seed == 0:
+            first = len(compiles)
+    assert len(compiles) == first
