@@ -345,7 +345,8 @@ class DistillationTask:
         """
         a, f = self.config.algorithm, self.config.chunk_frames
         student = step.draw.player == self.roles[0].name
-        bounds = step.exits.bounds(self.schedule, self.rollout.shift)
+        scheduled = a.backward_simulation and (a.ts_schedule or a.ts_schedule_max)  # films of the data leave at no step
+        bounds = step.exits.bounds(self.schedule, self.rollout.shift) if scheduled else None
         low = bounds[1] if a.ts_schedule and bounds else a.min_score_timestep
         high = bounds[0] if a.ts_schedule_max and bounds else 1000
         voices = (self.cast.teacher, self.cast.critic) if student else (self.cast.critic,)

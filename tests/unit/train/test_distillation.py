@@ -125,6 +125,16 @@ def test_score_levels_follow_the_exit(tmp_path):
         assert sigma.min() >= least and sigma.max() <= most + 1e-9
 
 
+def test_films_of_the_data_are_scored_at_all_levels(tmp_path):
+    """They leave at no step, whatever `ts_schedule` says: the exit that was drawn is of a rollout that does not happen."""
+    task = toy_task(tmp_path, algorithm={"ts_schedule": True, "ts_schedule_max": True})
+    step, film = task.batch(draw_of(task, 0, 0)), torch.zeros(64, 16, 48, 2, 4)
+    step = replace(step, films=replace(step.films, cuts=((False, False),) * 64), exits=replace(step.exits, steps=(0, 0)))
+    task.config = task.config.with_overrides(["algorithm.backward_simulation=false", f"data.data_path={tmp_path}"])
+    sigma = task._noised(step, film, film).sigma_BF
+    assert sigma.min() < 0.7 and sigma.max() > 0.95
+
+
 def test_the_critic_learns_on_the_rollout_of_the_student(tmp_path, monkeypatch):
     task = toy_task(tmp_path, training={"critic_reuses_rollout": True})
     made, roll = [], module.DistillationTask._rolled
