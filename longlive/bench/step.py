@@ -27,14 +27,17 @@ from ..parallel.apply import Plan, apply
 from ..parallel.data_parallel import Replicas
 from ..parallel.fsdp import gradient_norm, is_sharded
 from ..parallel.mesh import Mesh
+from ..precision.training import FP8_TRAINED, NVFP4_TRAINED, Moment, TrainingConverter, weights_changed
 from ..train.compiled import checkpoint_blocks, compile_blocks
 from ..train.film_step import FilmStep
+from ..train.low_precision import largest_of
 from ..train.objective import draw_indices, flow_target
 from ..train.optim import EMA, adamw
 from ..train.sharded import film_layout
 from ..train.teacher_forcing import Film, frame_positions
 
 RECOMPUTE = ("none", "blocks")
+PRECISIONS = {"bf16": None, "fp8": FP8_TRAINED, "nvfp4": NVFP4_TRAINED}
 SHARDING = ("full", "hybrid_full", "hybrid_zero2", "no_shard")  # as infra.sharding_strategy
 PROMPT_TOKENS = 128
 SHIFT = 5.0
@@ -44,7 +47,7 @@ SHIFT = 5.0
 class StepSettings:
     """`recompute`: activations of no block or of all but the last `keep_blocks`; `keep_reads`: of those, so many keep what self-attention read.
 
-    `window`: visible pages.
+    `window`: visible pages. `precision`: of linear layers' three products, an entry of `PRECISIONS`.
     """
 
     frames: int
@@ -55,6 +58,7 @@ class StepSettings:
     keep_reads: int = 0
     keep_blocks: int = 0
     compile: bool = False
+    precision: str = "bf16"
 
 
 class TrainingStep:
@@ -66,7 +70,9 @@ class TrainingStep:
         self.dims, self.settings, self.mesh, self.device = dims, settings, mesh, device
         self.geometry = Geometry(spec.height, spec.width)
         self.mixed = device.type == "cuda"
-        self.module = random_generator(dims, device)
+        self.module, kind = random_generator(dims, device), PRECISIONS[settings.precision]
+        if kind is not None:
+            TrainingConverter(kind=kind, moment=Moment(reduce=largest_of(mesh))).convert(self.module, spec)
         plan = Plan(
             blocks=spec.block_patterns, entries=spec.entry_patterns, strategy=settings.fsdp, bf16=self.mixed,
             recompute=None if settings.recompute == "none" else partial(checkpoint_blocks, keep=settings.keep_blocks),
@@ -115,6 +121,7 @@ class TrainingStep:
         norm = gradient_norm(self.parameters)
         nn.utils.clip_grads_with_norm_(self.parameters, 10.0, norm)
         self.optimizer.step()
+        weights_changed(self.module)
         self.optimizer.zero_grad(set_to_none=True)
         self.taken += 1
         self.ema.update(self.module, self.taken)

@@ -28,7 +28,7 @@ from ..train.failure import together
 from ..train.launch import training_device
 from .flops import training_flops, utilisation
 from .record import Record, surroundings
-from .step import RECOMPUTE, SHARDING, StepSettings, TrainingStep
+from .step import PRECISIONS, RECOMPUTE, SHARDING, StepSettings, TrainingStep
 from .timing import by_kind, kernels, timed
 
 NONE = "none"
@@ -64,12 +64,14 @@ class TrainSettings:
     keep_reads: int | None = None
     keep_blocks: int = 0
     compile: bool = False
+    precision: str = "bf16"
     profile: bool = True
 
     def check(self, world: int) -> None:
         """Raises InputError for what cannot run on `world` processes."""
         spec = model_spec(self.model)
-        for name, value, known in (("--fsdp", self.fsdp, SHARDING), ("--recompute", self.recompute, RECOMPUTE)):
+        words = (("--fsdp", self.fsdp, SHARDING), ("--recompute", self.recompute, RECOMPUTE), ("--precision", self.precision, tuple(PRECISIONS)))
+        for name, value, known in words:
             if value not in known:
                 raise InputError(f"{name} {value!r} is none of {', '.join(known)}")
         for layout in self.layouts:
@@ -215,6 +217,7 @@ class _Bench:
             frames=key["frames"], layout=BALANCED if key["layout"] == NONE else key["layout"],
             window=s.window, fsdp=s.fsdp, recompute=s.recompute, keep_reads=key["keep_reads"], keep_blocks=key["keep_blocks"],
             compile=s.compile,
+            precision=s.precision,
         )  # fmt: skip
         step = TrainingStep(self.spec, dims, options, mesh, self.device)
         prepared = time.perf_counter() - began

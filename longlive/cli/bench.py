@@ -41,6 +41,7 @@ def train(
     keep_reads: Annotated[int | None, typer.Option("--keep-reads", help="Recomputed blocks that do not attend again; default: all.")] = None,
     keep_blocks: Annotated[int, typer.Option("--keep-blocks", help="The last so many blocks are not recomputed.")] = 0,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
+    precision: Annotated[str, typer.Option("--precision", help="Products of linear layers: bf16, fp8 or nvfp4 (emulated but for the formats).")] = "bf16",
     profile: Annotated[bool, typer.Option(help="One more step per case: where the kernels' time goes.")] = True,
     json: JsonOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out cases that FILE has already.")] = False,
@@ -57,7 +58,7 @@ def train(
     settings = TrainSettings(
         model=model, frames=_numbers("--frames", frames), layouts=chosen, layers=layers, fallback_layers=fallback_layers, steps=steps, warmup=warmup,
         case_seconds=case_seconds, seconds=seconds, window=window, fsdp=fsdp, recompute=recompute, keep_reads=keep_reads, keep_blocks=keep_blocks,
-        compile=compile, profile=profile,
+        compile=compile, precision=precision, profile=profile,
     )  # fmt: skip
     bench_train(settings, json, _say, resume=resume)
     if json is not None and launch_rank()[0] == 0:

@@ -164,3 +164,11 @@ def test_what_cannot_run_is_refused(changes, words):
         bench_train(small(**changes), None, lambda line: None)
     with pytest.raises(InputError, match="whole blocks"):
         attention_bench.AttentionSettings(chunk_tokens=100).check()
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nvfp4"])
+def test_a_step_in_low_precision_is_measured(precision):
+    (entry,) = bench_train(small(precision=precision, steps=1, profile=False), None, lambda line: None)
+    assert entry["status"] == "done" and entry["seconds_per_step"] > 0
+    with pytest.raises(InputError, match="--precision 'fp5' is none of bf16, fp8, nvfp4"):
+        bench_train(small(precision="fp5"), None, lambda line: None)
