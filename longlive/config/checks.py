@@ -71,8 +71,6 @@ def _precision(c: Config) -> str | None:
             return f"{counts}; give one each, or one number for all"
     if c.merge_lora and c.adapter is None:
         return "merge_lora(true) without an adapter section: there is nothing to merge; remove merge_lora or add the adapter"
-    if c.inference.kv_quant and c.inference.use_relative_rope:
-        return "inference.kv_quant(true) and inference.use_relative_rope(true) exclude each other: that cache holds rotated keys; turn one off"
     return None
 
 
