@@ -25,6 +25,7 @@ from ..ops.frames import (
 from .spec import VAEDims
 
 PAST = 2
+VECTOR = 8
 
 
 class VAEState(NamedTuple):
@@ -119,6 +120,7 @@ class Conv(nn.Module):
         self.stride, self.border = stride or (1,) * len(kernel_size), border or (pad,) * 4
         self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel_size))
         self.bias = nn.Parameter(torch.empty(outputs))
+        self._kept: tuple[tuple, Tensor] | None = None
         self.reset_parameters()
 
     @property
@@ -152,13 +154,32 @@ class Conv(nn.Module):
 
     def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int], *, bias: bool = True) -> Tensor:
         """The bare convolution with symmetric zero padding `pad` = (rows, columns)."""
-        added = self.bias if bias else None
-        if self.weight[0, 0].numel() == 1:
-            return F.linear(x_BTHWC, self.weight.flatten(1), added)
-        if self.weight.dim() == 5:
-            return convolution(x_BTHWC.permute(0, 4, 1, 2, 3), self.weight, added, self.stride, (0, *pad)).permute(0, 2, 3, 4, 1)
-        frames = x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2)
-        return convolution(frames, self.weight, added, self.stride, pad).permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+        added, weight = (self.bias, self.weight) if bias else (None, self._whole_vectors())
+        if weight[0, 0].numel() == 1:
+            y = F.linear(x_BTHWC, weight.flatten(1), added)
+        elif weight.dim() == 5:
+            y = convolution(x_BTHWC.permute(0, 4, 1, 2, 3), weight, added, self.stride, (0, *pad)).permute(0, 2, 3, 4, 1)
+        else:
+            frames = x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2)
+            y = convolution(frames, weight, added, self.stride, pad).permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+        return y if len(weight) == len(self.weight) else y[..., : len(self.weight)]
+
+    def _whole_vectors(self) -> Tensor:
+        """The weight with outputs filled up to a multiple of `VECTOR`, as tensor cores want them; the head's 12 are not."""
+        if len(self.weight) % VECTOR == 0:
+            return self.weight
+        more = -len(self.weight) % VECTOR
+        return self._made("whole", lambda: torch.cat([self.weight, self.weight.new_zeros(more, *self.weight.shape[1:])]))
+
+    def _made(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What was made of the weight, channels-last, kept for as long as the weight is the same. Made each time where gradients or a compiler want it so."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference():
+            return make()
+        stamp = (name, self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if self._kept is None or self._kept[0] != stamp:
+            made = make()
+            self._kept = stamp, made.contiguous(memory_format=torch.channels_last if made.dim() == 4 else torch.channels_last_3d)
+        return self._kept[1]
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
@@ -178,7 +199,6 @@ class DoublingConv(Conv):
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, (3, 3))
-        self._kept: tuple[tuple, Tensor] | None = None
 
     def phases(self) -> Tensor:
         """[4 O, I, 2, 2]: the taps of phase (j, k), j slower. Sums are formed in at least float32."""
@@ -191,17 +211,8 @@ class DoublingConv(Conv):
         """Plus the doubled `beside`."""
         apart = adds_bias(x_BTHWC, self.weight)
         bias = None if apart else self.bias.repeat(4)
-        y = convolution(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2), self._taps(), bias, (1, 1), pad).permute(0, 2, 3, 1)
+        y = convolution(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2), self._made("phases", self.phases), bias, (1, 1), pad).permute(0, 2, 3, 1)
         return interleave(y.unflatten(-1, (2, 2, -1)), x_BTHWC.shape[1], beside, self.bias if apart else None)
-
-    def _taps(self) -> Tensor:
-        """`phases`, kept for as long as the weight is the same where no gradient is wanted."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference():
-            return self.phases()
-        stamp = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
-        if self._kept is None or self._kept[0] != stamp:
-            self._kept = stamp, self.phases().contiguous(memory_format=torch.channels_last)
-        return self._kept[1]
 
 
 class Norm(nn.Module):

@@ -71,21 +71,22 @@ def fused_interleave(
 
 
 @triton.jit
-def fused_to_bytes(x, bias, out, H, W, BLOCK: tl.constexpr):
-    frame = tl.program_id(1).to(tl.int64) * H * W * 3
+def fused_to_bytes(x, bias, out, H, W, PITCH: tl.constexpr, BLOCK: tl.constexpr):
+    frame = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H * W * 3
     colour, pixel = at % 3, at // 3
     column, row = pixel % W, pixel // W
     channel = colour * 4 + (column % 2) * 2 + row % 2
-    place = ((row // 2) * (W // 2) + column // 2) * 12 + channel
-    v = tl.load(x + frame + place, mask=inside, other=0.0).to(tl.float32) + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    place = ((row // 2) * (W // 2) + column // 2) * PITCH + channel
+    v = tl.load(x + frame * (H // 2) * (W // 2) * PITCH + place, mask=inside, other=0.0).to(tl.float32)
+    v += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     v = (v + 1.0) * 127.5
     whole = tl.floor(v)
     rest = v - whole  # halves go to the even neighbour, as torch rounds
     up = (rest > 0.5) | ((rest == 0.5) & (whole - 2.0 * tl.floor(whole * 0.5) == 1.0))
     v = tl.minimum(tl.maximum(tl.where(up, whole + 1.0, whole), 0.0), 255.0)
-    tl.store(out + frame + at, v.to(tl.uint8), mask=inside)
+    tl.store(out + frame * H * W * 3 + at, v.to(tl.uint8), mask=inside)
 
 
 def norm_silu(x_BTHWC: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, past_BPHWC: torch.Tensor | None) -> torch.Tensor:
@@ -132,10 +133,11 @@ def interleave(y_NHWJKC: torch.Tensor, bias: torch.Tensor, beside: tuple[torch.T
 
 
 def to_bytes(x_BTHWC: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Patches [B, T, H/2, W/2, 12] plus bias, in [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    x = x_BTHWC.contiguous()
-    B, T, H, W, _ = x.shape
+    """Patches [B, T, H/2, W/2, 12] plus bias, in [-1, 1] -> uint8 [B, T, H, W, 3]. A patch may be the first 12 of more channels."""
+    B, T, H, W, _ = x_BTHWC.shape
+    pitch = x_BTHWC.stride(3)
+    x = x_BTHWC if x_BTHWC.stride() == (T * H * W * pitch, H * W * pitch, W * pitch, pitch, 1) else x_BTHWC.contiguous()
     out = torch.empty(B, T, 2 * H, 2 * W, 3, dtype=torch.uint8, device=x.device)
     block = VALUES // 4
-    fused_to_bytes[(triton.cdiv(12 * H * W, block), B * T)](x, bias, out, 2 * H, 2 * W, BLOCK=block, enable_fp_fusion=False)  # halves of rounded products
+    fused_to_bytes[(triton.cdiv(12 * H * W, block), B * T)](x, bias, out, 2 * H, 2 * W, PITCH=x.stride(3), BLOCK=block)
     return out

@@ -73,6 +73,8 @@ def test_bytes(dtype):
 
     x, bias = random(2, 3, 4, 5, 12, seed=1, dtype=dtype), 0.3 * random(12, seed=2, dtype=dtype)
     assert torch.equal(triton_frames.to_bytes(x, bias).cpu(), to_uint8(from_patches(x.float() + bias.float())).cpu())
+    wide = random(2, 3, 4, 5, 16, seed=3, dtype=dtype)[..., :12]  # a view of more channels
+    assert torch.equal(triton_frames.to_bytes(wide, bias).cpu(), to_uint8(from_patches(wide.float() + bias.float())).cpu())
     halves = (torch.arange(12 * 40, device=DEVICE).float() / 2 / 127.5 - 1).to(dtype).reshape(1, 1, 8, 5, 12)  # exact halves round to even
     zero = torch.zeros(12, device=DEVICE, dtype=dtype)
     assert torch.equal(triton_frames.to_bytes(halves, zero).cpu(), to_uint8(from_patches(halves)).cpu())

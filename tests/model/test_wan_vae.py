@@ -210,10 +210,20 @@ def test_bytes_are_those_of_the_pixels(vae):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 3), (1, 1, 1)])
+def test_outputs_are_filled_up_to_whole_vectors(kernel):
+    conv, x = Conv(5, 12, kernel).double(), torch.randn(2, 4, 3, 6, 5, dtype=torch.float64)
+    pad = (kernel[-1] // 2,) * 2
+    bare = conv.kernel(x, pad, bias=False)
+    assert conv._whole_vectors().shape[0] == 16 and bare.shape[-1] == 12
+    torch.testing.assert_close(bare + conv.bias, conv.kernel(x, pad))
+
+
+@torch.no_grad()
 def test_taps_follow_the_weight():
     conv, x = DoublingConv(3).double(), torch.randn(1, 1, 2, 2, 3, dtype=torch.float64)
     first = conv.kernel(x, (1, 1))
-    assert conv._taps() is conv._taps()
+    assert conv._made("phases", conv.phases) is conv._made("phases", conv.phases)
     conv.weight.mul_(2)
     conv.bias.mul_(2)
     torch.testing.assert_close(conv.kernel(x, (1, 1)), 2 * first)
