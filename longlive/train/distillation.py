@@ -118,7 +118,7 @@ class DistillationTask:
             raise ConfigError(f"{split}; set rollout_copy: false, or sharding_strategy: no_shard")
         self.evaluator = self._evaluator(logdir) if logdir is not None and config.evaluation.interval > 0 else None
         self.roles = self._roles()
-        self._kept: tuple[Step, Rolled] | None = None  # the student's last rollout
+        self._kept: dict[tuple[int, int], tuple[Step, Rolled]] = {}  # by (step, micro-step): rollouts of the student that its critic will learn on
         self.stream: Stream | None = None
 
     def _ready(self, network: WanDiT) -> None:
@@ -181,6 +181,8 @@ class DistillationTask:
         for low in self.cast.low:
             low.begin(draw)
         number = [role.name for role in self.roles].index(draw.player)
+        if number and (draw.step, draw.micro) in self._kept:
+            return replace(self._kept[draw.step, draw.micro][0], draw=draw)
         shared = torch.Generator().manual_seed(seed_of(self.config.logging.seed, SHARED, draw.step, draw.micro, number))
         a, t, steps = self.config.algorithm, self.config.training, self.schedule.steps
         low, high = self._chunks(t.min_num_training_frames), self._chunks(t.num_training_frames)
@@ -225,7 +227,8 @@ class DistillationTask:
             rolled = self._rolled(step)
         x = rolled.x_BFCHW
         if self.config.training.critic_reuses_rollout:
-            self._kept = (step, Rolled(x.detach(), rolled.read_BFCHW))
+            self._kept = {at: kept for at, kept in self._kept.items() if at[0] == step.draw.step}
+            self._kept[step.draw.step, step.draw.micro] = (step, Rolled(x.detach(), rolled.read_BFCHW))
         film, noised = self._shown(step, rolled)
         with torch.no_grad(), self._phase():
             fake = self._clean(self.cast.critic, step, film, noised, self.config.algorithm.fake_guidance_scale)
@@ -236,9 +239,9 @@ class DistillationTask:
         return dmd_loss(x, gradient, mask_BF), {"dmdtrain_gradient_norm": gradient.abs().mean(), "distance": (made - real).abs().mean()}
 
     def _critic_loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        kept, self._kept = self._kept, None
-        if kept is not None and (kept[0].draw.step, kept[0].draw.micro) == (step.draw.step, step.draw.micro):
-            step, rolled = replace(kept[0], draw=step.draw), kept[1]
+        kept = self._kept.pop((step.draw.step, step.draw.micro), None)
+        if kept is not None:
+            rolled = kept[1]
         else:
             with torch.no_grad(), self._phase():
                 rolled = self._rolled(step)

@@ -136,13 +136,21 @@ def test_films_of_the_data_are_scored_at_all_levels(tmp_path):
 
 
 def test_the_critic_learns_on_the_rollout_of_the_student(tmp_path, monkeypatch):
+    """That of the same micro-step, for which no films are drawn."""
     task = toy_task(tmp_path, training={"critic_reuses_rollout": True})
-    made, roll = [], module.DistillationTask._rolled
+    made, roll, drawn, told = [], module.DistillationTask._rolled, [], task.films.draw
     monkeypatch.setattr(module.DistillationTask, "_rolled", lambda self, step: made.append(step.draw.player) or roll(self, step))
-    for player in range(2):
-        gradients(task, player)
+    monkeypatch.setattr(task.films, "draw", lambda draw, chunks: drawn.append(draw.player) or told(draw, chunks))
+    draws = [[replace(draw_of(task, 0, player, stream=micro), micro=micro) for micro in range(2)] for player in range(2)]
+    batches = [task.batch(draw) for draw in draws[0]]
+    for batch in batches:
+        task.loss(batch)
+    for batch, draw in zip(batches, draws[1]):
+        again = task.batch(draw)
+        assert again.films is batch.films and again.exits == batch.exits and again.draw is draw
+        task.loss(again)
     gradients(task, 1, step=1)
-    assert made == ["generator_lora", "critic_lora"]
+    assert made == drawn == ["generator_lora", "generator_lora", "critic_lora"] and not task._kept
 
 
 def test_the_critic_is_told_the_velocity_itself(tmp_path, monkeypatch):
