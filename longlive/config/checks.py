@@ -7,6 +7,11 @@ from ..core.geometry import Geometry
 from ..core.log import environment
 from .root import Config
 
+# keys of `training` that distillation does not read -> their value of no effect
+TEACHER_FORCED_ONLY = {
+    "noisy_copies": 1, "text_dropout": 0, "i2v_prob": 1, "context_noise": 0, "position_gap": 0, "min_loss_weight": 0, "character_weight": 1,
+}  # fmt: skip
+
 
 def check(config: Config, label: str) -> None:
     """Raises ConfigError (prefixed by `label`) for the first rule that `config` breaks."""
@@ -143,10 +148,23 @@ def _distillation(c: Config) -> str | None:
             return f"training.slice_last_frames({t.slice_last_frames}) < num_training_frames({short}) with streaming_frames: every segment counts; use {short}"
         if c.inference.shot_clean_recache or not c.algorithm.backward_simulation:
             return f"training.streaming_frames({long}) needs shot_clean_recache: false and backward_simulation: true"
+        if t.critic_reuses_rollout and t.gradient_accumulation_steps > 1:
+            several = f"training.gradient_accumulation_steps({t.gradient_accumulation_steps})"
+            return f"{several} with streaming_frames: films have gone on before the critic sees a rollout; set critic_reuses_rollout: false"
     if n % p:
         return f"num_frame_per_block({n}) % sequence_parallel_size({p}) = {n % p}, not 0: ranks share every chunk of a rollout; use 1, 2, 4 or 8"
     if not c.algorithm.backward_simulation and c.data.data_path is None:
         return "algorithm.backward_simulation(false) noises films of the data, and data.data_path is null; give a folder of videos, or set it to true"
+    listed = c.algorithm.denoising_step_list
+    if not c.algorithm.backward_simulation and listed is not None and not all(0 <= step <= 1000 for step in listed):
+        return f"algorithm.denoising_step_list({', '.join(map(str, listed))}) holds a step outside of 0 to 1000; these are timesteps"
+    if not c.algorithm.backward_simulation and listed is not None and not any(listed):
+        return f"algorithm.denoising_step_list({', '.join(map(str, listed))}) names no step above 0, where there is something to learn; give one"
+    if c.adapter is not None and c.adapter.dropout:
+        return f"adapter.dropout({c.adapter.dropout}) with trainer score_distillation: its networks run as in generation, without dropout; set it to 0"
+    for name, value, plain in ((f"training.{key}", getattr(t, key), plain) for key, plain in TEACHER_FORCED_ONLY.items()):
+        if value != plain:
+            return f"{name}({value}) with trainer score_distillation: trainer diffusion alone reads it; set it to {plain}"
     if t.optimizer != "adamw":
         return f"training.optimizer({t.optimizer}) with trainer score_distillation: student and critic learn with adamw; set it to adamw"
     return None

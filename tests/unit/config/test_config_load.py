@@ -119,6 +119,7 @@ CHUNK8 = {"num_frame_per_block": 8}
 FORCED = {"teacher_forcing": True}
 DMD = {**CHUNK8, "trainer": "score_distillation"}
 ROLLOUT = {"min_num_training_frames": 32, "num_training_frames": 32, "slice_last_frames": 32}
+OFF_POLICY = {**DMD, "training": ROLLOUT, "backward_simulation": False, "data": {"data_path": "videos"}}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,14 @@ ROLLOUT = {"min_num_training_frames": 32, "num_training_frames": 32, "slice_last
         ({**DMD, "training": ROLLOUT, "image_or_video_shape": [1, 24, 48, 44, 80]}, "num_training_frames(32) > image_or_video_shape[1](24)"),
         ({**DMD, "training": ROLLOUT, "backward_simulation": False}, "backward_simulation(false) noises films of the data"),
         ({**DMD, "training": {**ROLLOUT, "optimizer": "muon"}}, "optimizer(muon) with trainer score_distillation"),
+        ({**DMD, "training": {**ROLLOUT, "text_dropout": 0.1}}, "training.text_dropout(0.1) with trainer score_distillation"),
+        ({**DMD, "training": ROLLOUT, "adapter": {"rank": 4, "dropout": 0.1}}, "adapter.dropout(0.1) with trainer score_distillation"),
+        ({**OFF_POLICY, "denoising_step_list": [0]}, "names no step above 0"),
+        ({**OFF_POLICY, "denoising_step_list": [1001, 0]}, "denoising_step_list(1001.0, 0.0) holds a step outside of 0 to 1000"),
+        (
+            {**DMD, "training": {**ROLLOUT, "streaming_frames": 64, "critic_reuses_rollout": True, "gradient_accumulation_steps": 2}},
+            "gradient_accumulation_steps(2) with streaming_frames",
+        ),
         ({**CHUNK8, "infra": {"sequence_parallel_size": 5}}, "[1](128) % (sequence_parallel_size(5) x num_frame_per_block(8)) = 8"),
     ],
 )
