@@ -47,7 +47,7 @@ from .teacher_forcing import Film, frame_positions
 from .trainer import Draw, seed_of
 from .view import training_view, visible_chunks
 
-SHARED = 2  # in seeds of what all ranks draw alike
+SHARED = -1  # in seeds of what all ranks draw alike: no stream has this number
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class DistillationTask:
         self.roles = self._roles()
         self._kept: dict[tuple[int, int], tuple[Step, Rolled]] = {}  # by (step, micro-step): rollouts of the student that its critic will learn on
         self.stream: Stream | None = None
+        self._empty: Words | None = None
 
     def _ready(self, network: WanDiT) -> None:
         infra = self.config.infra
@@ -369,12 +370,17 @@ class DistillationTask:
         given = (noised.noisy_BFCHW, noised.sigma_BF, noised.read_BFCHW)
         if guidance:
             film = _twice(film, len(words.raw_RMt))
-            empty = self.films.text.rows([self.config.inference.negative_prompt])
-            words = Words(*(torch.cat(parts) for parts in zip(words, empty)))
+            words = Words(*(torch.cat(parts) for parts in zip(words, self._unprompted())))
             given = tuple(part.repeat(2, *[1] * (part.dim() - 1)) for part in given)
         velocity = self._score(voice, dit, words, film, given)
         clean = x0_from_velocity(given[0], velocity, given[1])
         return guided(clean[:batch], clean[batch:], guidance) if guidance else clean
+
+    def _unprompted(self) -> Words:
+        """The row of the negative prompt: encoded once."""
+        if self._empty is None:
+            self._empty = self.films.text.rows([self.config.inference.negative_prompt])
+        return self._empty
 
     def _score(self, voice: Voice, dit: WanDiT, words: Words, film: Film, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What the role says of (noisy film, its levels, the clean film)."""

@@ -17,7 +17,7 @@ from longlive.models import spec
 from longlive.models.lora_files import read_lora
 from longlive.models.weights import MERGED_FORMAT, read_state, save_state
 from longlive.parallel.mesh import Mesh
-from longlive.train import RunOptions, checkpoint, rehearse, run
+from longlive.train import RunOptions, checkpoint, rehearse, run, trainer
 from longlive.train import distillation as module
 from longlive.train.cast import Merged
 from longlive.train.lora_export import export_lora, is_lora_run
@@ -104,6 +104,22 @@ def test_all_ranks_leave_at_the_same_step(tmp_path):
     assert any(len(set(apart.batch(draw_of(apart, step, 0)).exits.steps)) > 1 for step in range(8))
     last = toy_task(tmp_path, algorithm={"last_step_only": True}).batch(draw_of(ranks[0], 0, 0)).exits.steps
     assert set(last) == {1}
+
+
+def test_what_ranks_draw_alike_is_of_no_rank():
+    """No stream of the loop has the seed of what all ranks share."""
+    shared = {trainer.seed_of(3, module.SHARED, step, 0, player) for step in range(4) for player in range(2)}
+    own = {trainer.seed_of(3, stream, step, 0, number) for stream in range(64) for step in range(4) for number in range(4)}
+    assert not shared & own
+
+
+def test_the_negative_prompt_is_encoded_once(tmp_path, monkeypatch):
+    task, asked = toy_task(tmp_path), []
+    rows = task.films.text.rows
+    monkeypatch.setattr(task.films.text, "rows", lambda prompts: asked.append(prompts) or rows(prompts))
+    for step in range(3):
+        gradients(task, 0, step)
+    assert asked == [[""]]
 
 
 def test_gradients_of_the_last_frames_only(tmp_path):
