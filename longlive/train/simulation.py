@@ -28,7 +28,7 @@ from ..diffusion.samplers import Schedule, combine, unipc
 from ..engine.fixed import FixedForwards
 from ..engine.rollout import RolloutSettings
 from ..models.patch import patchify, unpatchify
-from ..models.wan_dit import Attend, TextContext, WanDiT
+from ..models.wan_dit import Attend, NoiseLevels, TextContext, WanDiT
 from ..parallel.gather import gather_frames
 from ..parallel.mesh import Mesh
 from ..parallel.shard import Layout
@@ -128,11 +128,11 @@ class StudentRollout:
         """
         chunks, f = script.chunks, self.settings.chunk_frames
         start = self._open(noise_BFCHW, chunks, Pages if stepper is None or stepper.recorded is None else stepper.recorded.pages)
-        films, read = [], []
+        films, read, levels = [], [], {}
         for number in range(chunks):
-            rows_B = script.prompt_Bc[:, number]
-            asked = Asked(self.dit, text.select(rows_B))
-            free = asked if stepper is None else stepper.asked(rows_B)
+            rows_B, learns = script.prompt_Bc[:, number], torch.is_grad_enabled() and number >= exits.first_with_gradients
+            asked = Asked(self.dit, text.select(rows_B)) if learns or stepper is None else None
+            free = asked if stepper is None else stepper.asked(rows_B, levels)
             run = _Chunk(self, start + number, [bool(row[number]) for row in script.cuts_Bc], noise_BFCHW, known, asked, free)
             x, clean = run.sample(wide(noise_BFCHW[:, number * f : (number + 1) * f]), exits, number)
             films.append(x)
@@ -163,7 +163,7 @@ class StudentRollout:
         ordered = [sorted(slots) for slots in self.standing.slots]
         most = max(map(len, ordered))
         chosen = torch.tensor([[s[c] for c in o] + [0] * (most - len(o)) for s, o in zip(self.standing.slots, ordered)], dtype=torch.int64)
-        rows = (torch.arange(len(ordered))[:, None], chosen)
+        rows = tuple(t.to(self.pages.k[0].device, non_blocking=True) for t in (torch.arange(len(ordered))[:, None], chosen))
         return [t[rows] for t in (*self.pages.k, *self.pages.v)], tuple({chunk: i for i, chunk in enumerate(o)} for o in ordered)
 
     def state(self) -> dict:
@@ -186,12 +186,16 @@ class StudentRollout:
 
 
 class Asked(NamedTuple):
-    """A network and the texts that it reads: one row per sample, or those that `prompt_B1` names. `forwards`: its forwards are recorded there."""
+    """A network and the texts that it reads: one row per sample, or those that `prompt_B1` names. `forwards`: its forwards are recorded there.
+
+    `levels`: what it made of noise levels in this rollout, by (level, given frames); None: it makes them every time.
+    """
 
     dit: WanDiT
     text: TextContext
     prompt_B1: torch.Tensor | None = None
     forwards: FixedForwards | None = None
+    levels: dict[tuple[float, int], NoiseLevels] | None = None
 
 
 class Recorded:
@@ -216,16 +220,19 @@ class Stepping(NamedTuple):
     text: TextContext
     recorded: Recorded | None = None
 
-    def asked(self, rows_B: torch.Tensor) -> Asked:
+    def asked(self, rows_B: torch.Tensor, levels: dict[tuple[float, int], NoiseLevels]) -> Asked:
+        """For one chunk; `levels` are those of the whole rollout."""
         if self.recorded is None:
-            return Asked(self.dit, self.text.select(rows_B))
-        return Asked(self.dit, self.text, rows_B[:, None], self.recorded.forwards)
+            return Asked(self.dit, self.text.select(rows_B), levels=levels)
+        return Asked(self.dit, self.text, rows_B[:, None], self.recorded.forwards, levels)
 
 
 class _Chunk:
-    """One chunk of a segment: the passes over it. `asked` answers with gradients, `free` without."""
+    """One chunk of a segment: the passes over it. `asked` answers with gradients (None where none are wanted), `free` without."""
 
-    def __init__(self, rollout: StudentRollout, own: int, cut_B: list[bool], noise: torch.Tensor, known: KnownFrames | None, asked: Asked, free: Asked):
+    def __init__(
+        self, rollout: StudentRollout, own: int, cut_B: list[bool], noise: torch.Tensor, known: KnownFrames | None, asked: Asked | None, free: Asked
+    ):
         self.rollout, self.asked, self.free = rollout, asked, free
         settings, before = rollout.settings, rollout.standing
         policy, f = settings.policy, settings.chunk_frames
@@ -239,26 +246,36 @@ class _Chunk:
         self.tokens = _tokens(settings, chunk, shots, noise.shape[-2:], noise.device)
         self.own_tokens = rollout.layout.shard_tokens(self.tokens, rollout.mesh.sp_rank)
         self.known = nothing_known(noise) if known is None else known.part(chunk * f, f)
-        self.attends = [self._attend(windows, slots, own) for windows in (opened, closed)]
+        seen, after = ([[s[c] for c in w.order if c != chunk] for w, s in zip(windows, slots)] for windows in (opened, closed))
+        attend = self._attend(seen, own)
+        self.attends = attend, attend if after == seen else self._attend(after, own)
 
-    def _attend(self, windows: list[Window], slots: list[dict[int, int]], own: int) -> Attend:
+    def _attend(self, visible: list[list[int]], own: int) -> Attend:
         r = self.rollout
-        visible = [[s[c] for c in w.order if c != self.chunk] for w, s in zip(windows, slots)]
         options = {"relative": r.settings.relative, "t_scale": r.settings.t_scale}
         attend = r.wrap(RolledOut(r.pages, own, visible, self.tokens, r.dit.dims.head_dim, **options))
         return attend if r.mesh.sp_size == 1 else Ulysses(attend, r.mesh, r.layout)
 
     def _ask(self, asked: Asked, x_BFCHW: torch.Tensor, sigma: float, attend: Attend, until: str = "velocity") -> torch.Tensor | None:
         r, tokens = self.rollout, self.own_tokens
-        told = self.known.levels(torch.full(x_BFCHW.shape[:2], sigma, dtype=torch.float64, device=x_BFCHW.device))
-        x, told = (r.layout.shard(part, r.mesh.sp_rank) for part in (x_BFCHW, told))
+        x = r.layout.shard(x_BFCHW, r.mesh.sp_rank)
         with r.phase():
+            told = self._told(asked, sigma, x_BFCHW)
             if asked.forwards is None:
                 out = asked.dit(patchify(x), tokens, told, asked.text, attend, until)
             else:
                 tokens = replace(tokens, prompt_BG=asked.prompt_B1)
-                out = asked.forwards(patchify(x), tokens, asked.dit.levels(told), asked.text, attend, until)
+                out = asked.forwards(patchify(x), tokens, told, asked.text, attend, until)
         return None if out is None else gather_frames(wide(unpatchify(out, x.shape[1], tokens.height, tokens.width)), r.mesh)
+
+    def _told(self, asked: Asked, sigma: float, x_BFCHW: torch.Tensor) -> torch.Tensor | NoiseLevels:
+        """The noise levels of this rank's frames, or what the network made of them."""
+        kept, key = asked.levels, (sigma, self.known.frames)
+        if kept is not None and key in kept:
+            return kept[key]
+        told = self.known.levels(torch.full(x_BFCHW.shape[:2], sigma, dtype=torch.float64, device=x_BFCHW.device))
+        told = self.rollout.layout.shard(told, self.rollout.mesh.sp_rank)
+        return told if kept is None else kept.setdefault(key, asked.dit.levels(told))
 
     def sample(self, noise: torch.Tensor, exits: Exits, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The chunk's clean latents at its exit step, and those that are to be committed."""

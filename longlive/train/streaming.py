@@ -68,10 +68,11 @@ class Stream:
             rows = [[[own.index(c) for c in every[b, chunk].tolist() if c in own[:i]] for i, chunk in enumerate(own)] for b, own in enumerate(self.seen_Bm)]
             width = every.shape[2]
             visible = torch.tensor([[row + [-1] * (width - len(row)) for row in sample] for sample in rows])
-        prompt = self._rows(x.device).gather(1, chosen.to(x.device))
+        chosen, frames, position = (t.to(x.device, non_blocking=True) for t in (chosen, frames, position))
+        prompt = self._rows(x.device).gather(1, chosen)
         batch = torch.arange(len(chosen), device=x.device)[:, None]
-        clip = x[batch, frames.to(x.device)]
-        return Film(prompt, position.to(x.device), visible, None, settings.t_scale, settings.relative), clip
+        clip = x[batch, frames]
+        return Film(prompt, position, visible, None, settings.t_scale, settings.relative), clip
 
     def state(self) -> dict[str, Any]:
         """Everything that the next segment depends on beside the weights."""

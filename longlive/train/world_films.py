@@ -81,7 +81,7 @@ class WorldFilms:
         slots = torch.randint(world.clips, (batch,), generator=generator)
         rows_B = (slots * world.wordings + torch.randint(world.wordings, (batch,), generator=generator)).to(self.device, non_blocking=True)
         words = Words(*(part[rows_B, :chunks].flatten(0, 1) for part in (self.bank.raw, self.bank.bias)))
-        first = None if self.first_N1CHW is None else self.first_N1CHW[slots.to(self.device)]
+        first = None if self.first_N1CHW is None else self.first_N1CHW[slots.to(self.device, non_blocking=True)]
         return Films(cuts=tuple(self.cuts[slot][:chunks] for slot in slots.tolist()), words=words, first_B1CHW=first)
 
     def state(self) -> dict:

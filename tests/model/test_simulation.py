@@ -207,6 +207,22 @@ def test_recorded_steps_are_the_same_steps(variant):
     assert made == len(recorded.forwards.forwards) <= 2 * 2 * CHUNKS and len(recorded._pages) == 1
 
 
+def test_a_copy_is_told_each_noise_level_once(monkeypatch):
+    """A rollout has one for each step and the commit's; given frames make others of the first chunk."""
+    dit, asked = toy_dit(), []
+    levels = type(dit).levels
+    monkeypatch.setattr(type(dit), "levels", lambda self, sigma: asked.append(sigma) or levels(self, sigma))
+    given = KnownFrames(toy_noise(BATCH, 1, seed=8)[:, 0, :1])
+    for stepping in (Stepping(dit, text_of(dit)), Stepping(dit, text_of(dit), Recorded(dit, torch.device("cpu")))):
+        for known, count in ((None, SETTINGS.steps + 1), (given, 2 * (SETTINGS.steps + 1))):
+            with torch.no_grad():
+                plain = simulated(dit, known=known)
+                asked.clear()
+                x = simulated(dit, known=known, stepper=stepping)
+            assert len(asked) == count
+            torch.testing.assert_close(x, plain, rtol=1e-9, atol=1e-9)
+
+
 def test_steps_without_gradients_on_a_merged_copy():
     dit = with_lora()
     voice = Voice(dit, "generator", "causal", [branch for _, branch in branches(dit)])
