@@ -59,10 +59,10 @@ class FixedText(TextContext):
 
     def take(self, text: TextContext) -> None:
         """Copies rows, biases, keys and values, unless they are here already."""
-        text.refresh(self.dit)
         stamp = self.dit.text_stamp()
         if self._source[0] is text and self._source[1] == stamp:
             return
+        text.refresh(self.dit)
         self.dit.text_keys_values(text)
         used = text.bias_RM.shape[1]
         self.bias_RM.fill_(-torch.inf)
