@@ -90,10 +90,10 @@ class FixedForward:
         self.runs = 0
 
     def load(self, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, attend: Recordable) -> None:
-        """Copies the inputs to where they are read."""
+        """Copies the inputs to where they are read, those of one type together."""
         pairs = [(self.x_BNc, x_BNc), (self.tokens.prompt_BG, tokens.prompt_BG), *zip(self.levels, levels), *zip(tensors_of(self.attend), tensors_of(attend))]
-        for mine, theirs in pairs:
-            mine.copy_(theirs)
+        for dtype in dict.fromkeys(mine.dtype for mine, _ in pairs):
+            torch._foreach_copy_(*map(list, zip(*(pair for pair in pairs if pair[0].dtype == dtype))))
 
     def run(self, pool) -> torch.Tensor | None:
         """The forward on what was loaded. `pool`: memory that recordings share; None: never record."""

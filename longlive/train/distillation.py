@@ -242,7 +242,7 @@ class DistillationTask:
     def _critic_loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         kept = self._kept.pop((step.draw.step, step.draw.micro), None)
         if kept is not None:
-            rolled = kept[1]
+            step, rolled = replace(kept[0], draw=step.draw), kept[1]
         else:
             with torch.no_grad(), self._phase():
                 rolled = self._rolled(step)
@@ -288,7 +288,7 @@ class DistillationTask:
 
         def noised(number: int, clean: torch.Tensor) -> torch.Tensor:
             noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-            return add_noise(clean, noise, torch.tensor(level, device=clean.device))
+            return add_noise(clean, noise, torch.full((), level, device=clean.device))
 
         return {"before_commit": noised, "commit_level": level}
 
