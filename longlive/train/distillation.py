@@ -106,6 +106,8 @@ class DistillationTask:
         self.films.load(self.module.dims)
         copied = config.infra.rollout_copy and not is_low(self.module)  # a student in low precision makes its films as it learns
         self.stepper = Stepper(self.cast.student, film_dtype(config, device)) if copied else None
+        for wanted, reason in self._without_effect(copied):
+            logger.warning("%s: %s", wanted, reason)
         recorded = copied and config.inference.cuda_graphs and mesh.sp_size == 1
         self.recorded = Recorded(self.stepper.dit, device) if recorded else None
         doubled, copy = self.cast.critic.mask == "teacher_forced", self.stepper.dit if self.stepper is not None else None
@@ -121,6 +123,16 @@ class DistillationTask:
         self._kept: dict[tuple[int, int], tuple[Step, Rolled]] = {}  # by (step, micro-step): rollouts of the student that its critic will learn on
         self.stream: Stream | None = None
         self._empty: Words | None = None
+
+    def _without_effect(self, copied: bool) -> Iterator[tuple[str, str]]:
+        """Settings that this run cannot follow, and why."""
+        infra, t = self.config.infra, self.config.training
+        if infra.rollout_copy and not copied:
+            yield "infra.rollout_copy is ignored", "a student in low precision makes its films as it learns"
+        if t.compile and self.cast.critic.adapter is not None:
+            yield "training.compile is ignored", "only a critic of its own is compiled (adapter.apply_to_critic: false)"
+        if t.max_grad_norm != type(t)().max_grad_norm:
+            yield "training.max_grad_norm is ignored", "the players have max_grad_norm_generator and max_grad_norm_critic"
 
     def _ready(self, network: WanDiT) -> None:
         infra = self.config.infra

@@ -122,6 +122,14 @@ def test_the_negative_prompt_is_encoded_once(tmp_path, monkeypatch):
     assert asked == [[""]]
 
 
+def test_what_a_run_cannot_follow_is_said(tmp_path, caplog):
+    toy_task(tmp_path, training={"ema_weight": 0.0})
+    assert "is ignored" not in caplog.text
+    toy_task(tmp_path, training={"compile": True, "max_grad_norm": 1.0}, infra={"rollout_copy": True, "generator_quant": True})
+    for key in ("infra.rollout_copy", "training.compile", "training.max_grad_norm"):
+        assert f"{key} is ignored" in caplog.text
+
+
 def test_gradients_of_the_last_frames_only(tmp_path):
     task = toy_task(tmp_path, training={"slice_last_frames": 8, "min_num_training_frames": 32})
     step = task.batch(draw_of(task, 0, 0))
@@ -197,6 +205,7 @@ def test_off_policy_steps(tmp_path, monkeypatch):
 
 RUNS = {
     "LoRA": {},
+    "rollout copy": {"infra": {"rollout_copy": True}, "training": {"critic_reuses_rollout": True, "gradient_accumulation_steps": 2}},
     "critic of its own": {"adapter": {"rank": 2, "apply_to_critic": False}},
     "all weights": {"adapter": None},
     "streaming": {"training": {"streaming_frames": 56, "num_training_frames": 24, "slice_last_frames": 24}},
@@ -224,7 +233,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, kind):
     assert ends[0] == ends[1]
     entries = {name.split(".")[0] for name in ends[0]} - {"rank"}
     student = "generator" if kind == "all weights" else "generator_lora"
-    critic = "critic_lora" if kind in ("LoRA", "streaming") else "critic"
+    critic = "critic_lora" if kind in ("LoRA", "rollout copy", "streaming") else "critic"
     assert entries == {student, f"{student}_ema", f"{student}_optimizer", critic, f"{critic}_optimizer"}
     states = [checkpoint.read_sharded(tmp_path / folder / "checkpoint_model_000005", ends[0]) for folder in ("whole", "half")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
