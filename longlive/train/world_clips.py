@@ -34,17 +34,7 @@ class WorldClips:
         dtype = torch.bfloat16 if config.infra.mixed_precision and self.device.type == "cuda" else torch.float32
         codec = codec_for_training(config, self.device, dtype)
         text = PaddedText(dims, text_encoder(model_spec(config.model_kwargs.model_name)), dtype, self.device)
-        source = StorySource(
-            seed=world.seed,
-            rank=self.stream,
-            wordings=world.wordings,
-            chunks=world.chunks,
-            shots=(world.min_shots, world.max_shots),
-            characters=(1, world.max_characters),
-            split=world.split,
-            memory=world.memory,
-            away=world.away,
-        )
+        source = StorySource.configured(world, self.stream, world.chunks)
         self.bank = WorldBank(
             LatentBank(world.clips, self.frames, *latent[2:], self.device),
             PromptBank(world.clips * world.wordings, world.chunks, text),

@@ -33,17 +33,7 @@ class WorldFilms:
         world, self.frames = config.world, film_frames(config)
         self.chunks = self.frames // config.chunk_frames
         self.title = f"{world.clips} stories of the procedural world (seed {world.seed})"
-        self.source = StorySource(
-            seed=world.seed,
-            rank=mesh.dp_rank,
-            wordings=world.wordings,
-            chunks=self.chunks,
-            shots=(world.min_shots, world.max_shots),
-            characters=(1, world.max_characters),
-            split=world.split,
-            memory=world.memory,
-            away=world.away,
-        )
+        self.source = StorySource.configured(world, mesh.dp_rank, self.chunks)
 
     def load(self, dims: DiTDims) -> None:
         dtype = film_dtype(self.config, self.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..config.world import World
 from ..core.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, Geometry
 from ..core.story import SCENE_CUT_PREFIX, plan
 from ..data.latents import LatentBank, LatentClip
@@ -62,6 +63,21 @@ class StorySource:
 
     def __init__(self, *, seed: int, rank: int, wordings: int = 1, **story):
         self.seed, self.rank, self.wordings, self.story = seed, rank, wordings, story
+
+    @classmethod
+    def configured(cls, world: World, rank: int, chunks: int) -> StorySource:
+        """The stories of the `world` section for one rank, `chunks` long."""
+        return cls(
+            seed=world.seed,
+            rank=rank,
+            wordings=world.wordings,
+            chunks=chunks,
+            shots=(world.min_shots, world.max_shots),
+            characters=(1, world.max_characters),
+            split=world.split,
+            memory=world.memory,
+            away=world.away,
+        )
 
     def __getitem__(self, number: int) -> WorldStory:
         return sample_story(seed_of(self.seed, self.rank, number) % (1 << 40), **self.story)
