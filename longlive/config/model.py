@@ -25,7 +25,7 @@ class Adapter(Section):
 
     type: Literal["lora"] = option("lora", "adapter kind")
     rank: int | None = option(None, "LoRA rank; null = the file's when one is read, 16 when one is trained from nothing", ge=1)
-    alpha: float | None = option(None, "LoRA scale is alpha / rank, for files that state none; null = rank")
+    alpha: float | None = option(None, "LoRA scale is alpha / rank, for files that state none; null = rank", gt=0)
     weight: float | tuple[float, ...] = option(1.0, "generating: live weight, or one for each file of checkpoints.lora_ckpt; 0 = off")
     dropout: float = option(0.0, "LoRA dropout in training", ge=0, lt=1)
     apply_to_critic: bool = option(True, "distillation: put LoRA on the critic too")

@@ -54,7 +54,7 @@ class Algorithm(Section):
     min_score_timestep: int = option(0, "least score timestep", ge=0, le=1000)
     same_step_across_blocks: bool = option(True, "one exit step for all chunks of a rollout")
     last_step_only: bool = option(False, "always exit at the last step")
-    context_noise: float = option(0.0, "timestep of the clean pass in rollouts", ge=0)
+    context_noise: float = option(0.0, "timestep of the clean pass in rollouts", ge=0, le=1000)
     warp_denoising_step: bool = option(False, "shift denoising_step_list")
     denoising_step_list: tuple[float, ...] | None = option(None, "steps of off-policy distillation (backward_simulation: false)")
 

@@ -150,6 +150,8 @@ OFF_POLICY = {**DMD, "training": ROLLOUT, "backward_simulation": False, "data": 
         ({**DMD, "training": {**ROLLOUT, "optimizer": "muon"}}, "optimizer(muon) with trainer score_distillation"),
         ({**DMD, "training": {**ROLLOUT, "text_dropout": 0.1}}, "training.text_dropout(0.1) with trainer score_distillation"),
         ({**DMD, "training": ROLLOUT, "adapter": {"rank": 4, "dropout": 0.1}}, "adapter.dropout(0.1) with trainer score_distillation"),
+        ({**DMD, "training": ROLLOUT, "adapter": {"rank": 4, "alpha": 0}}, "adapter.alpha = 0"),
+        ({**DMD, "training": ROLLOUT, "algorithm": {"context_noise": 2000}}, "algorithm.context_noise = 2000"),
         ({**OFF_POLICY, "denoising_step_list": [0]}, "names no step above 0"),
         ({**OFF_POLICY, "denoising_step_list": [1001, 0]}, "denoising_step_list(1001.0, 0.0) holds a step outside of 0 to 1000"),
         (
@@ -264,7 +266,6 @@ def test_what_is_not_available_says_so():
         ({"trainer": "vae", "model_quant": True}, "train"),
         ({"trainer": "vae", "fp8_quant": True}, "train"),
         ({"adapter": {}}, "train"),
-        ({**CHUNK8, "sp_size": 2}, "generate"),
         ({"torch_compile": True}, "generate"),
         ({"trainer": "vae", "adapter": {"rank": 4}}, "train"),
         ({"trainer": "vae", "training": {"error_recycling": {"enabled": True}}}, "train"),
@@ -279,6 +280,7 @@ def test_what_is_not_available_says_so():
             availability(load_config(source), purpose)
     availability(load_config({"torch_compile": "auto"}), "generate")
     availability(default_config(), "generate")
+    availability(load_config({**CHUNK8, "sp_size": 2}), "generate")
     availability(load_config(FORCED), "train")
 
 

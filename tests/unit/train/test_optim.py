@@ -9,7 +9,8 @@ from torch import nn
 from longlive.core.errors import LongLiveError
 from longlive.train.export import SHARD_BYTES, shards
 from longlive.train.metrics import Metrics
-from longlive.train.optim import EMA, adamw, learning_rate
+from longlive.train.muon import Muon
+from longlive.train.optim import EMA, adamw, guarded_step, learning_rate
 from longlive.train.trainer import seed_of
 
 
@@ -35,6 +36,16 @@ def test_only_matrices_decay():
     module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     groups = adamw(module.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.1).param_groups
     assert [len(g["params"]) for g in groups] == [1, 3] and [g["weight_decay"] for g in groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("optimizer", [adamw, lambda p, **how: Muon(p, lr=how["lr"], weight_decay=0.0)], ids=["adamw", "muon"])
+def test_a_step_shows_in_the_version_of_weights(optimizer):
+    """What is made of weights and kept (texts, doubled kernels, a merged copy) is made again: torch's fused AdamW alone would leave no sign."""
+    weight = nn.Parameter(torch.randn(16, 16))
+    part, before = optimizer([weight], lr=0.1, betas=(0.0, 0.9), weight_decay=0.0), weight._version
+    weight.grad = torch.ones_like(weight)
+    guarded_step([part], torch.zeros(()))
+    assert weight._version > before
 
 
 def test_metrics_write_rows_and_drop_those_that_a_resumed_run_repeats(tmp_path):
