@@ -169,15 +169,15 @@ def origin(config: Config, spec: ModelSpec) -> dict[str, Any]:
 
 
 def starting_adapter(config: Config, name: str) -> Adapter | None:
-    """What a LoRA starts from: the entry of its name in `checkpoints.lora_ckpt`, weights only; None: from nothing.
+    """What a LoRA starts from, weights only: the student from `checkpoints.lora_ckpt` in any layout, the critic from its entry there. None: from nothing.
 
     Raises ConfigError for several files, and where its rank is not `adapter.rank`.
     """
     path = config.checkpoints.lora_ckpt
-    if path is None or not holds_lora(path if isinstance(path, str) else path[0], f"{name}_lora"):
-        return None
-    if not isinstance(path, str):
+    if path is not None and not isinstance(path, str):
         raise ConfigError(f"checkpoints.lora_ckpt names {len(path)} files: a student starts from one LoRA; give one")
+    if path is None or (name != STUDENT and not holds_lora(path, f"{name}_lora")):
+        return None
     found = read_lora(path, name=name, entry=f"{name}_lora").with_alpha(config.adapter.alpha or config.adapter.fresh_rank)
     if found.rank is None or config.adapter.rank not in (None, found.rank):
         raise ConfigError(f"adapter.rank({config.adapter.rank}) but {path} has rank {found.rank or 'that differs between layers'}; remove adapter.rank")

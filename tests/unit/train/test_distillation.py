@@ -290,6 +290,10 @@ def test_a_student_starts_from_a_lora(tmp_path):
         for (name, p), (_, q) in zip(ours.trained.named_parameters(), theirs.trained.named_parameters()):
             assert torch.equal(p, q.bfloat16().float()), name
     assert second.cast.student.all_branches[0].alpha == 8
+    folder = toy_task(tmp_path, checkpoints={"lora_ckpt": str(tmp_path / "first" / "lora")}, adapter={"rank": None, "alpha": None})
+    for (name, p), (_, q) in zip(folder.roles[0].trained.named_parameters(), second.roles[0].trained.named_parameters()):
+        assert torch.equal(p, q), name  # PEFT's folder has the student's alone
+    assert not any(branch.b.any() for branch in folder.cast.critic.all_branches if branch.adapter == "critic")
     with pytest.raises(ConfigError, match=r"adapter.rank\(3\) but .* has rank 4"):
         toy_task(tmp_path, checkpoints={"lora_ckpt": place}, adapter={"rank": 3})
 
