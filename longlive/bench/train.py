@@ -22,9 +22,9 @@ from ..core.errors import InputError, LongLiveError
 from ..core.geometry import CHUNK_FRAMES
 from ..models.spec import ModelSpec, model_spec
 from ..parallel.data_parallel import Replicas
+from ..parallel.failure import together
 from ..parallel.mesh import Mesh
 from ..parallel.shard import BALANCED, CONTIGUOUS
-from ..train.failure import together
 from ..train.launch import training_device
 from .flops import training_flops, utilisation
 from .record import Record, surroundings

@@ -1,7 +1,6 @@
 """The documented entry scripts `train.py`, `inference.py` and `inference_sp.py`: their flags, and the functions that `longlive` itself uses.
 
-Under torchrun every process of `inference.py` takes its own prompts: prompt i belongs to rank i % world size, for any number of both. No
-process group is needed, and noise belongs to the prompt, so that a film does not depend on the number of processes.
+Under torchrun every process of `inference.py` takes its own prompts, and groups of processes of `inference_sp.py` share each film (`cli.filming`).
 """
 
 from __future__ import annotations
@@ -85,7 +84,11 @@ def inference_sp_script(
     overwrite: Overwrite = False,
 ) -> None:
     """Generate films, each by several GPUs together. Extra key=value words override the configuration."""
-    _generate(_inference_config(config_path, split_overrides(ctx.args), use_te_quant, no_use_te_quant), overwrite)
+    from .filming import group_sizes_of
+
+    config = _inference_config(config_path, split_overrides(ctx.args), use_te_quant, no_use_te_quant)
+    group_sizes_of(config)
+    _generate(config, overwrite)
 
 
 def _inference_config(path: Path, overrides: list[str], use_te: bool, no_te: bool):
@@ -104,17 +107,7 @@ def _inference_config(path: Path, overrides: list[str], use_te: bool, no_te: boo
 
 
 def _generate(config, overwrite: bool) -> None:
-    from ..core.log import launch_rank
-    from ..engine.films import generate_films
     from ..engine.sources import boards_for_inference
+    from .filming import make_films
 
-    boards = boards_for_inference(config)
-    rank, world, _ = launch_rank()
-    if rank == 0:
-        from .progress import FilmProgress
-
-        with FilmProgress() as listener:
-            generate_films(config, boards, config.output_folder, rank=rank, world=world, overwrite=overwrite, listener=listener)
-        return
-    for files in generate_films(config, boards, config.output_folder, rank=rank, world=world, overwrite=overwrite):
-        typer.echo(str(files.film))
+    make_films(config, boards_for_inference(config), Path(config.output_folder), overwrite=overwrite)

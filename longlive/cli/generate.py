@@ -25,21 +25,17 @@ def generate(
 ) -> None:
     """Make films. Trailing key=value words change the settings: inference.sampling_steps=4 logging.seed=7 num_output_frames=64.
 
+    Under torchrun processes share the films, and with sp_size=N groups of N make each film together.
     Each film is an .mp4 with its prompts (_prompts.txt) and a receipt (.json) beside it. Ctrl-C finishes the chunk at hand and closes the film.
     """
     from ..config import availability, default_config, load_config
-    from ..engine.films import Silent, generate_films
     from ..engine.sources import boards_for_generate
+    from .filming import group_sizes_of, make_films
 
     overrides = split_overrides(ctx.args)
     config = load_config(config_file, overrides) if config_file else default_config(model, overrides)
     availability(config, "generate")
+    group_sizes_of(config)
     boards = boards_for_generate(config, source)
     folder = output or Path(config.output_folder)
-    if quiet:
-        generate_films(config, boards, folder, overwrite=overwrite, listener=Silent())
-        return
-    from .progress import FilmProgress
-
-    with FilmProgress() as listener:
-        generate_films(config, boards, folder, overwrite=overwrite, listener=listener)
+    make_films(config, boards, folder, overwrite=overwrite, quiet=quiet)

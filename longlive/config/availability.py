@@ -16,7 +16,6 @@ def availability(config: Config, purpose: str) -> None:
 
 
 def _generate(c: Config):
-    yield c.sp_size * c.dp_size > 1, f"sequence parallelism (sp_size {c.sp_size} x dp_size {c.dp_size})", "set both to 1"
     reason = "torch_compile: true (the generator's kernels are fused by hand, inference.cuda_graphs records them, and a compiler would tune for minutes)"
     yield c.torch_compile is True, reason, "set it to false, or to auto, which compiles nothing"
 

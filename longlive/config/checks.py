@@ -98,6 +98,10 @@ def _ranks(c: Config) -> str | None:
     asked = c.sp_size * c.dp_size
     if world is not None and asked > 1 and not c.auto_sp_remainder and asked != int(world):
         return f"sp_size({c.sp_size}) x dp_size({c.dp_size}) = {asked} != WORLD_SIZE({world}); launch {asked} processes or change the sizes"
+    if c.sp_size > 1 and c.inference.cuda_graphs is True:
+        return f"inference.cuda_graphs(true) with sp_size({c.sp_size}): forwards that ranks share are not recorded; set it to false or auto"
+    if asked > 1 and c.inference.device.startswith("cuda:"):
+        return f"inference.device({c.inference.device}) is one card for sp_size({c.sp_size}) x dp_size({c.dp_size}) processes; use cuda: each takes its own"
     p = c.infra.sequence_parallel_size
     if world is not None and p > 1 and int(world) % p:
         return f"WORLD_SIZE({world}) % infra.sequence_parallel_size({p}) = {int(world) % p}, not 0; launch a multiple of {p} processes"

@@ -1,7 +1,8 @@
 """Storyboards in, films out: the one loop behind `longlive generate` and `inference.py`.
 
 Names are settled and checked before a weight is read; then every storyboard of this rank becomes one session whose samples run as a batch,
-written while it is made. Ctrl-C finishes the chunk at hand and closes a playable film; any other failure leaves nothing of the film behind.
+written while it is made. Ranks that make a film together walk through the same session, and the first of them decodes and writes. Ctrl-C finishes the
+chunk at hand and closes a playable film; any other failure leaves nothing of the film behind.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..core.errors import Interrupted
 from ..core.geometry import FPS, Geometry, pixel_frames
 from ..core.story import ChunkPlan, Storyboard, plan
 from ..data.videos import check_start
-from .naming import base_name, check_folder, check_free, film_tag, film_texts, make_folder, prompts_text, remove_empty
+from ..parallel.mesh import Mesh
+from .naming import base_name, check_folder, check_free, film_tag, film_texts, make_folder, prompts_text, remove_empty, shared_tag
 from .pipeline import Pipeline, choose_device
 from .receipt import Timings, receipt_text
 from .session import ChunkResult, Request, Session
@@ -89,46 +91,50 @@ def generate_films(
     *,
     rank: int = 0,
     world: int = 1,
+    mesh: Mesh | None = None,
     overwrite: bool = False,
     pipeline: Pipeline | None = None,
     listener: Listener | None = None,
 ) -> list[FilmFiles]:
     """Makes the films of `boards` that fall to `rank` of `world` (board i belongs to rank i % world) and returns their files.
 
+    `mesh`: ranks make films in groups, instead. Board i belongs to group i % dp_size; all ranks of a group must call this, the first of them gets files.
     The length of each film is the sum of its shots' durations. Raises InputError for anything that cannot work, before anything is written,
     and Interrupted after Ctrl-C, when the film that was being made has been closed.
     """
     listener = listener or Silent()
-    jobs = make_jobs(config, boards, Path(output), rank, world)
+    jobs = make_jobs(config, boards, Path(output), rank, world, mesh)
     for job in jobs:
         check_free(job.targets(), overwrite)
         check_pictures(job.board)
     if not jobs:
         return []
     check_folder(Path(output))
-    maker = FilmMaker(config=config, listener=listener, pipeline=pipeline)
+    maker = FilmMaker(config=config, listener=listener, pipeline=pipeline, mesh=mesh)
     files = []
     for number, job in enumerate(jobs):
         listener.film(number, len(jobs), job.board.title or job.board.name or job.plans[0].prompt, len(job.plans))
-        made = maker.make(job)
+        chunks, made = maker.make(job)
         listener.done(made)
         files += made
-        if made[0].chunks < len(job.plans):
-            raise Interrupted(f"stopped: {made[0].film} holds the first {made[0].frames / FPS:.1f} s")
+        if chunks < len(job.plans):
+            seconds = pixel_frames(chunks * maker.pipeline.settings.chunk_frames) / FPS
+            raise Interrupted(f"stopped: {job.targets()[0]} holds the first {seconds:.1f} s")
     return files
 
 
-def make_jobs(config, boards: Sequence[Storyboard], output: Path, rank: int, world: int) -> list[Job]:
-    """The jobs of this rank. Names are unique over all ranks, because every rank names all films."""
+def make_jobs(config, boards: Sequence[Storyboard], output: Path, rank: int, world: int, mesh: Mesh | None = None) -> list[Job]:
+    """The jobs of this rank. Names are unique over all ranks, because every rank names all films. Ranks of one group have the same jobs."""
+    mesh, tag = mesh or Mesh(rank, world), film_tag(config)
     last = len(boards) if config.inference_iter < 0 else config.inference_iter + 1
     boards = list(boards)[:last]
     plans = [plan(board, prefix=config.data.scene_cut_prefix) for board in boards]
     texts = film_texts([p[0].prompt for p in plans], range(len(boards)), config.save_with_index)
     _, _, _, height, width = config.data.image_or_video_shape
-    usual, tag = Geometry.of_latent(height, width), film_tag(config)
+    usual, tag = Geometry.of_latent(height, width), shared_tag(tag, mesh.dp_rank, mesh.dp_size, mesh.sp_size)
     jobs = []
-    for index in range(rank, len(boards), world):
-        names = [base_name(rank, texts[index], sample, tag) for sample in range(config.inference.num_samples)]
+    for index in range(mesh.dp_rank, len(boards), mesh.dp_size):
+        names = [base_name(mesh.dp_rank, texts[index], sample, tag) for sample in range(config.inference.num_samples)]
         size = boards[index].size
         jobs.append(
             Job(
@@ -159,26 +165,34 @@ class FilmMaker:
     config: object
     listener: Listener
     pipeline: Pipeline | None = None
+    mesh: Mesh | None = None
     load_seconds: float = 0.0
     hashes: dict[str, str] = field(default_factory=dict)
 
-    def make(self, job: Job) -> list[FilmFiles]:
-        """The files of one storyboard, one entry per sample; fewer chunks than planned when it was interrupted."""
+    def make(self, job: Job) -> tuple[int, list[FilmFiles]]:
+        """(finished chunks, the files of one storyboard); fewer chunks than planned when it was interrupted. The files are one per sample, none for ranks
+        that do not write."""
         pipeline = self._loaded().at_size(job.geometry)
-        request = Request(
-            storyboards=(job.board,),
-            samples=len(job.bases),
-            seed=self.config.logging.seed,
-            indices=(job.index,),
-            decode=not self.config.save_latents_only,
-        )
+        if pipeline.mesh.sp_rank > 0:
+            return self._help(job, pipeline), []
+        return self._write(job, pipeline)
+
+    def _help(self, job: Job, pipeline: Pipeline) -> int:
+        """Makes the film with the rank that writes it; the number of finished chunks."""
+        with pipeline.session(self._request(job, decode=False)) as session:
+            return self._roll(session, [], Timings())
+
+    def _request(self, job: Job, decode: bool) -> Request:
+        return Request(storyboards=(job.board,), samples=len(job.bases), seed=self.config.logging.seed, indices=(job.index,), decode=decode)
+
+    def _write(self, job: Job, pipeline: Pipeline) -> tuple[int, list[FilmFiles]]:
         made = make_folder(job.bases[0].parent)
         sinks = [LatentsSink(path) if self.config.save_latents_only else Mp4Sink(path) for path in job.targets()]
         timings, written = Timings(load=self.load_seconds), []
         try:
-            with pipeline.session(request) as session:
+            with pipeline.session(self._request(job, decode=not self.config.save_latents_only)) as session:
                 chunks = self._roll(session, sinks, timings)
-            return [self._finish(job, pipeline, sample, sink, chunks, timings, written) for sample, sink in enumerate(sinks)]
+            return chunks, [self._finish(job, pipeline, sample, sink, chunks, timings, written) for sample, sink in enumerate(sinks)]
         except BaseException:
             for sink in sinks:
                 sink.abort()
@@ -191,7 +205,7 @@ class FilmMaker:
         if self.pipeline is None:
             start = time.perf_counter()
             self.listener.loading(self.config.model_kwargs.model_name)
-            self.pipeline = Pipeline.load(self.config, choose_device(self.config))
+            self.pipeline = Pipeline.load(self.config, choose_device(self.config), mesh=self.mesh)
             self.load_seconds = time.perf_counter() - start
         if self.pipeline.weights and not self.hashes:
             from ..models.weights import weights_hash

@@ -1,6 +1,6 @@
 """Names of a film's files: documented where the prompt allows it, safe and unique where it does not.
 
-    rank{rank}-{first 100 characters of the prompt, or the index}-{sample}_{tag}      (spec inference §9.2)
+    rank{rank}-{first 100 characters of the prompt, or the index}-{sample}_{tag}      (spec inference §9.2, §7)
 
 Signs that a file system or a shell trips over become `_`, the text is cut to `TEXT_BYTES` of UTF-8, and films of one run whose names would
 be equal get a short hash of their prompt. Beside the film: `_prompts.txt` and the receipt `.json`.
@@ -57,8 +57,15 @@ def film_tag(config) -> str:
     return "ema" if config.inference.use_ema else "regular"
 
 
+def shared_tag(tag: str, group: int, groups: int, ranks: int) -> str:
+    """`tag` of films that each are made by `ranks` ranks together: with _sp{ranks}, or of several groups with _dp{group}_sp{ranks}."""
+    if ranks == 1:
+        return tag
+    return f"{tag}_sp{ranks}" if groups == 1 else f"{tag}_dp{group}_sp{ranks}"
+
+
 def base_name(rank: int, text: str, sample: int, tag: str) -> str:
-    """rank{rank}-{text}-{sample}_{tag}; `tag` is regular, lora or ema."""
+    """rank{rank}-{text}-{sample}_{tag}. `tag` is regular, lora or ema, and how ranks shared the film (`shared_tag`)."""
     return f"rank{rank}-{text}-{sample}_{tag}"
 
 

@@ -16,6 +16,8 @@ from ..core.story import SCENE_CUT_PREFIX
 from ..models.joint import join_projections
 from ..models.lora import LoraStack
 from ..models.spec import ModelSpec, model_spec
+from ..parallel.mesh import Mesh
+from ..precision.converter import share_activation_scales
 from .decode import DecodeStage, decode_stage
 from .naming import film_tag
 from .rollout import RolloutSettings
@@ -31,6 +33,7 @@ class Pipeline:
 
     dit on `device` in `dtype`; codec on its own device in its own dtype; `text_encoder.encode(prompts)` gives [n_i, text_dim] each.
     `cuda_graphs`: forwards are recorded and replayed (`engine.fixed`); "auto" on a GPU for chunks of at most `SMALL_CHUNK` tokens in all films together.
+    `mesh`: the ranks that make each film together; all of them must make the same calls, and nothing is recorded.
     `weights` says where the weights came from (part -> path), for the receipt; `tag` is the last word of file names.
     """
 
@@ -48,32 +51,39 @@ class Pipeline:
     cuda_graphs: bool | str = "auto"
     weights: dict[str, str] = field(default_factory=dict)
     tag: str = "regular"
+    mesh: Mesh = Mesh()
 
     @classmethod
-    def load(cls, config, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
-        """The pipeline that a `Config` describes, with its weights. Raises InputError before any weight is read where it can."""
+    def load(cls, config, device: str | torch.device | None = None, dtype: torch.dtype | None = None, mesh: Mesh | None = None) -> "Pipeline":
+        """The pipeline that a `Config` describes, with its weights. Raises InputError before any weight is read where it can.
+
+        `mesh`: the ranks that make a film together (`parallel.film_groups`); None: this process alone, for which sp_size x dp_size must be 1.
+        """
         from ..config import availability
         from .adapters import configured_adapters
         from .parts import load_codec, load_dit, load_text_encoder
 
         availability(config, "generate")
+        mesh = _alone(config) if mesh is None else mesh
         device = choose_device(config, device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # pinned buffers and kernels belong to this process's card
         net_dtype = dtype or choose_dtype(config, device)
-        kind, place = decode_place(config, device)
+        kind, place = decode_place(config, device) if mesh.sp_rank == 0 else ("inline", device)  # the first rank of a group decodes for it
         parts = cls.unloaded(config, device, net_dtype, kind)
         adapters = configured_adapters(config)
         dit, dit_path = load_dit(config, parts.spec, device, net_dtype, adapters)
         if device.type == "cuda":
             join_projections(dit)
+        if mesh.sp_size > 1:
+            share_activation_scales(dit, mesh.largest)
         spec = replace(parts.spec, dit=dit.dims)
         codec, vae_path = load_codec(config, spec, place, dtype)
         encoder, text_path = load_text_encoder(spec, device, net_dtype)
         paths = {"generator": dit_path, "vae": vae_path, "text_encoder": text_path}
         paths |= {f"lora.{adapter.name}": adapter.path for adapter, _ in adapters}
         weights = {part: str(path) for part, path in paths.items() if path}
-        return replace(parts, spec=spec, dit=dit, codec=codec, text_encoder=encoder, weights=weights)
+        return replace(parts, spec=spec, dit=dit, codec=codec, text_encoder=encoder, weights=weights, mesh=mesh)
 
     @classmethod
     def unloaded(cls, config, device: torch.device, dtype: torch.dtype, decode_kind: str = "inline") -> "Pipeline":
@@ -106,6 +116,8 @@ class Pipeline:
 
     def records(self, films: int) -> bool:
         """Whether forwards for a batch of so many films are recorded."""
+        if self.mesh.sp_size > 1:
+            return False
         if self.device.type != "cuda" or self.cuda_graphs != "auto":
             return self.device.type == "cuda" and self.cuda_graphs is True
         return films * self.settings.chunk_frames * self.geometry.frame_tokens <= SMALL_CHUNK
@@ -117,6 +129,14 @@ class Pipeline:
     def decode_stage(self) -> DecodeStage:
         """A fresh decoder of one film's (or one batch's) stream."""
         return decode_stage(self.decode_kind, self.codec)
+
+
+def _alone(config) -> Mesh:
+    """One process. Raises InputError where the configuration asks for several."""
+    if config.sp_size * config.dp_size > 1:
+        sizes = f"sp_size({config.sp_size}) x dp_size({config.dp_size}) = {config.sp_size * config.dp_size} processes"
+        raise InputError(f"{sizes} make films with torchrun and inference_sp.py or longlive generate; set both to 1 here")
+    return Mesh()
 
 
 def rollout_settings(config) -> RolloutSettings:

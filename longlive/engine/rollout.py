@@ -2,7 +2,7 @@
 
 A rollout is causal: chunk n is sampled while attending to the pages of earlier chunks, then one more pass over the finished latents at
 noise level 0 writes the keys and values that later chunks will read. Every sample of the batch has its own cuts, and so its own window
-and shot offset. (Spec inference §2.)
+and shot offset. Ranks that make a film together share the forwards alone (`parallel.shared_chunk`). (Spec inference §2.)
 
 Legend: B batch, F latent frames of a chunk, C, H, W latent channels, rows, columns.
 """
@@ -26,7 +26,9 @@ from ..diffusion.guidance import Branches, branches
 from ..diffusion.known import KnownFrames, nothing_known
 from ..diffusion.samplers import OnStep, sample, unipc
 from ..models.patch import patchify, unpatchify
-from ..models.wan_dit import NoiseLevels, TextContext, WanDiT
+from ..models.wan_dit import Attend, NoiseLevels, TextContext, WanDiT
+from ..parallel.mesh import Mesh
+from ..parallel.shared_chunk import SharedChunk
 from .fixed import FixedForwards
 
 UNSET_WINDOW_CHUNKS = 3
@@ -115,7 +117,8 @@ class Rollout:
     """The memory of one batch of films, advanced by `step`, one chunk at a time.
 
     `first_frame` is the temporal position of the film's first latent frame; `dtype` that of pages and of the model. `fixed`: forwards at fixed
-    addresses, recorded as CUDA graphs (`engine.fixed`).
+    addresses, recorded as CUDA graphs (`engine.fixed`). `mesh`: the ranks that make the film together, all of which must make the same calls; they exchange
+    in every layer, which is not recorded. Raises InputError or ConfigError where they cannot share a chunk equally.
     """
 
     def __init__(
@@ -130,7 +133,10 @@ class Rollout:
         dtype: torch.dtype,
         first_frame: float = 0.0,
         fixed: bool = False,
+        mesh: Mesh = Mesh(),
     ):
+        if fixed and mesh.sp_size > 1:
+            raise InputError(f"forwards that {mesh.sp_size} ranks share are not recorded; set inference.cuda_graphs to false or auto")
         self.dit, self.settings, self.batch = dit, settings, batch
         self.height, self.width = token_height, token_width
         self.device, self.first_frame = torch.device(device), first_frame
@@ -139,10 +145,11 @@ class Rollout:
         guided = settings.guidance != 1.0
         passes, repeats = (2, 1) if guided and not settings.batched_guidance else (1, 2 if guided else 1)
         dims, page_tokens = dit.dims, settings.chunk_frames * token_height * token_width
-        sizes = (dims.layers, repeats * batch, settings.pages, page_tokens, dims.heads, dims.head_dim)
+        self.share = SharedChunk(mesh, settings.chunk_frames, dims.heads)
+        sizes = (dims.layers, repeats * batch, settings.pages, page_tokens, self.share.heads, dims.head_dim)
         self.stores = tuple(settings.store(*sizes, device=self.device, dtype=dtype) for _ in range(passes))
         self.fixed = FixedForwards(dit, self.device) if fixed else None
-        self.levels = _Levels(dit, settings.chunk_frames, self.device)
+        self.levels = _Levels(dit, self.share, settings.chunk_frames, self.device)
         if settings.window_frames == -1:
             logger.info("local_attn_size -1: attention sees a window of %d chunks", UNSET_WINDOW_CHUNKS)
 
@@ -217,20 +224,20 @@ class Rollout:
 class _Levels:
     """The embeddings of the few noise levels that a rollout meets, made once; again when the weights behind them have changed."""
 
-    def __init__(self, dit: WanDiT, frames: int, device: torch.device):
-        self.dit, self.frames, self.device = dit, frames, device
+    def __init__(self, dit: WanDiT, share: SharedChunk, frames: int, device: torch.device):
+        self.dit, self.share, self.frames, self.device = dit, share, frames, device
         self._made: dict[tuple[float, int, int], NoiseLevels] = {}
         self._stamp = -1
 
     def of(self, sigma: float, given: KnownFrames, batch: int) -> NoiseLevels:
-        """For `batch` samples at `sigma`, whose `given` frames are at 0."""
+        """This rank's, for `batch` samples at `sigma`, whose `given` frames are at 0."""
         if self._stamp != (stamp := self.dit.level_stamp()):
             self._made.clear()
             self._stamp = stamp
         key = sigma, given.frames, batch
         if key not in self._made:
             told = torch.full((batch, self.frames), sigma, dtype=torch.float64, device=self.device)
-            self._made[key] = self.dit.levels(given.levels(told))
+            self._made[key] = self.dit.levels(self.share.own(given.levels(told)))
         return self._made[key]
 
 
@@ -244,20 +251,23 @@ class _ChunkRun:
             Tokens(position, tokens.chunk_F, tokens.noisy_F, torch.tensor(rows)[:, None].to(rollout.device, non_blocking=True), tokens.height, tokens.width)
             for rows in branch.passes
         ]
+        self.own_tokens = [rollout.share.own_tokens(tokens) for tokens in self.tokens]
 
-    def _attends(self, windows: list[Window], chunk: int, commit: bool = False) -> list[Cached]:
+    def _attends(self, windows: list[Window], chunk: int, commit: bool = False) -> list[Attend]:
         r, windows = self.rollout, windows * self.branch.repeats
         options = {"relative": r.settings.relative, "t_scale": r.settings.t_scale, "commit": commit, "kernel": r.settings.attention}
-        return [Cached(store, windows, chunk, tokens, r.dit.dims.head_dim, **options) for store, tokens in zip(r.stores, self.tokens)]
+        attends = [Cached(store, windows, chunk, tokens, r.dit.dims.head_dim, **options) for store, tokens in zip(r.stores, self.tokens)]
+        return [r.share.attend(attend) for attend in attends]
 
-    def _ask(self, x: torch.Tensor, sigma: float, attends: list[Cached], until: str) -> list[torch.Tensor]:
+    def _ask(self, x: torch.Tensor, sigma: float, attends: list[Attend], until: str) -> list[torch.Tensor]:
         """One forward per pass; latents in, velocities as latents out."""
         r = self.rollout
-        x_BNc = patchify(x).repeat(self.branch.repeats, 1, 1)
+        own = r.share.own(x)
+        x_BNc = patchify(own).repeat(self.branch.repeats, 1, 1)
         levels = r.levels.of(sigma, self.given, len(x_BNc))
         forward = r.fixed or r.dit
-        outs = [forward(x_BNc, tokens, levels, self.text, attend, until) for tokens, attend in zip(self.tokens, attends)]
-        return [] if until == "kv" else [unpatchify(out, x.shape[1], r.height, r.width) for out in outs]
+        outs = [forward(x_BNc, tokens, levels, self.text, attend, until) for tokens, attend in zip(self.own_tokens, attends)]
+        return [] if until == "kv" else [r.share.whole(unpatchify(out, own.shape[1], r.height, r.width)) for out in outs]
 
     def denoiser(self, windows: list[Window], chunk: int):
         attends = self._attends(windows, chunk)

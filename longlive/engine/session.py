@@ -113,11 +113,12 @@ class Session:
             device=pipeline.device,
             dtype=pipeline.dtype,
             fixed=pipeline.records(len(self.noise_keys)),
+            mesh=pipeline.mesh,
         )
         guided = pipeline.settings.guidance != 1.0
         self.text = TextRows(pipeline.dit, pipeline.text_encoder, pipeline.negative_prompt if guided else None)
         self.decoder = pipeline.decode_stage() if request.decode else NoDecode()
-        self.cursor, self.cancelled = 0, False
+        self.cursor, self.cancelled, self._stopped = 0, False, False
         self._under_way: deque[tuple[ChunkResult, object]] = deque()
         self._ready: deque[ChunkResult] = deque()
         self._ahead: tuple[int, torch.Tensor] | None = None  # noise of a coming chunk
@@ -144,7 +145,7 @@ class Session:
     def __next__(self) -> ChunkResult:
         """The next chunk. After the last one StopIteration; a shot added later makes the iterator go on."""
         while not self._ready:
-            if self.cursor < self.chunks and not self.cancelled:
+            if self._goes_on():
                 self._generate()
                 self._take(self.decoder.collect())
             else:
@@ -156,6 +157,13 @@ class Session:
         result = replace(result, seconds={**result.seconds, "total": now - self._last})
         self._last = now
         return result
+
+    def _goes_on(self) -> bool:
+        """Whether another chunk is begun: one answer for all ranks that make the film together, which ask once for each chunk."""
+        if self.cursor >= self.chunks or self._stopped:
+            return False
+        self._stopped = self.pipeline.mesh.any(self.cancelled)
+        return not self._stopped
 
     def _generate(self) -> None:
         films = [film[self.cursor] for film in self.plans]
@@ -241,7 +249,7 @@ class Session:
         self._take(self.decoder.drain())
         self._under_way.clear()
         self._ready = deque(snapshot.ready)
-        self.cursor, self.cancelled = snapshot.cursor, False
+        self.cursor, self.cancelled, self._stopped = snapshot.cursor, False, False
         self.plans, self.known.images = [list(film) for film in snapshot.plans], dict(snapshot.images)
         self.rollout.restore(snapshot.rollout)
         self.decoder.restore(snapshot.decoder)

@@ -18,13 +18,17 @@ from .data_parallel import Replicas
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process on the grid. `grid` is the DeviceMesh with axes "dp" and "sp"; None for a single process."""
+    """This process on the grid. `grid` is the DeviceMesh with axes "dp" and "sp"; None for a single process, and where `group` is given instead.
+
+    `group`: the ranks that share this rank's sample, of groups that may differ in size (`film_groups`); `sp_size` is that of its own.
+    """
 
     dp_rank: int = 0
     dp_size: int = 1
     sp_rank: int = 0
     sp_size: int = 1
     grid: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def launch(cls, sp_size: int, device_type: str, *, key: str = "infra.sequence_parallel_size") -> "Mesh":
@@ -48,7 +52,9 @@ class Mesh:
     @property
     def sp_group(self) -> dist.ProcessGroup | None:
         """The ranks that share this rank's sample; None where it is alone."""
-        return None if self.sp_size == 1 else self.grid.get_group("sp")
+        if self.sp_size == 1 or self.group is not None:
+            return self.group
+        return self.grid.get_group("sp")
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks of the world, a constant."""
@@ -64,6 +70,22 @@ class Mesh:
         gathered = tensor.new_empty(self.sp_size, *tensor.shape)
         dist.all_gather(list(gathered.unbind()), tensor.detach().contiguous(), group=self.sp_group)
         return gathered
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any of the ranks that share this rank's sample; all of them must ask."""
+        if self.sp_size == 1:
+            return flag
+        raised = torch.tensor([int(flag)])
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.sp_group)
+        return bool(raised.item())
+
+    def largest(self, value: torch.Tensor) -> torch.Tensor:
+        """The largest of the values of the ranks that share a sample, element by element, a constant."""
+        if self.sp_size == 1:
+            return value.detach()
+        largest = value.detach().contiguous().clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.sp_group)
+        return largest
 
 
 def check_grid(world_size: int, sp_size: int, key: str = "infra.sequence_parallel_size") -> None:

@@ -17,8 +17,8 @@ from ..config.yaml_io import read_yaml
 from ..core.errors import InputError
 from ..core.log import launch_rank, logger
 from ..parallel.data_parallel import Replicas
+from ..parallel.failure import together
 from ..parallel.mesh import Mesh
-from .failure import together
 from .guards import memory_advice
 from .trainer import LoopSettings, Task
 

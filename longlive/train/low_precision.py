@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..config.root import Config
@@ -102,15 +101,7 @@ def is_low(model: nn.Module) -> bool:
 
 def largest_of(mesh: Mesh) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Makes a value the largest of the ranks that share a sample; None for a rank that has its samples alone."""
-    if mesh.sp_size == 1:
-        return None
-
-    def reduce(value: torch.Tensor) -> torch.Tensor:
-        largest = value.contiguous().clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.sp_group)
-        return largest
-
-    return reduce
+    return None if mesh.sp_size == 1 else mesh.largest
 
 
 def as_trained(config: Config, model: nn.Module, spec: ModelSpec) -> None:

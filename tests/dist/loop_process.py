@@ -11,8 +11,8 @@ import typer
 from longlive.cli.app import run
 from longlive.core.errors import InputError
 from longlive.parallel.data_parallel import Replicas
+from longlive.parallel.failure import together
 from longlive.train.checkpoint import Writer
-from longlive.train.failure import together
 
 STEPS, EVERY, SLOW = 6, 2, 4
 

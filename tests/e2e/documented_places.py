@@ -1,11 +1,13 @@
 """Checkpoints of a very small model of the 5B family, written where the documentation puts the real ones.
 
 Layout under a folder: wan_models/Wan2.2-TI2V-5B/{config.json, diffusion_pytorch_model.safetensors, Wan2.2_VAE.pth,
-models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/}, LongLive-2.0-5B/model_bf16.pt, configs/inference.yaml (the repository's, smaller films).
+models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/}, LongLive-2.0-5B/model_bf16.pt, configs/inference.yaml and
+configs/inference_sp.yaml (the repository's, smaller films).
 """
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,16 +24,16 @@ VAE = VAEDims(encoder_base=8, decoder_base=8)
 WORDS = "a compact silver robot walks through clean robotics lab . red circle bounces on meadow the scene transitions".split()
 
 
-def write(root: Path, frames: int = 16, rows: int = 4, columns: int = 4) -> Path:
-    """Writes everything under `root`. Films have `frames` latent frames of `rows` x `columns`."""
+def write(root: Path, frames: int = 16, rows: int = 4, columns: int = 4, heads: int = 2) -> Path:
+    """Writes everything under `root`. Films have `frames` latent frames of `rows` x `columns`; the transformer has `heads` attention heads."""
     torch.manual_seed(0)
     wan = root / "wan_models" / "Wan2.2-TI2V-5B"
     wan.mkdir(parents=True)
-    dit = WanDiT(DIT)
+    dit = WanDiT(replace(DIT, heads=heads))
     dit.init_weights()
     base = {name: tensor.bfloat16() for name, tensor in dit.state_dict().items()}
     save_file(base, wan / "diffusion_pytorch_model.safetensors")
-    about = {"_class_name": "WanModel", "dim": 48, "ffn_dim": 96, "num_layers": 2, "num_heads": 2, "in_dim": 48, "out_dim": 48, "text_len": 512}
+    about = {"_class_name": "WanModel", "dim": 48, "ffn_dim": 96, "num_layers": 2, "num_heads": heads, "in_dim": 48, "out_dim": 48, "text_len": 512}
     (wan / "config.json").write_text(json.dumps(about))
     torch.save(WanVAE(VAE).state_dict(), wan / "Wan2.2_VAE.pth")
     torch.save(umt5_weights(), wan / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -40,11 +42,12 @@ def write(root: Path, frames: int = 16, rows: int = 4, columns: int = 4) -> Path
     released.mkdir()
     generator = {f"model.{name}": tensor + 0.02 * torch.randn(tensor.shape).bfloat16() for name, tensor in base.items()}
     torch.save({"generator": generator}, released / "model_bf16.pt")
-    text = (ROOT / "configs" / "inference.yaml").read_text()
-    text, count = re.subn(r"image_or_video_shape: \[.*?\]", f"image_or_video_shape: [1, {frames}, 48, {rows}, {columns}]", text)
-    assert count == 1
     (root / "configs").mkdir()
-    (root / "configs" / "inference.yaml").write_text(text)
+    for name in ("inference.yaml", "inference_sp.yaml"):
+        text = (ROOT / "configs" / name).read_text()
+        text, count = re.subn(r"image_or_video_shape: \[.*?\]", f"image_or_video_shape: [1, {frames}, 48, {rows}, {columns}]", text)
+        assert count == 1
+        (root / "configs" / name).write_text(text)
     return root
 
 

@@ -94,10 +94,20 @@ def test_bad_input_is_refused_in_one_line(monkeypatch, places, tmp_path, capsys,
     assert not (tmp_path / "films").exists()
 
 
-def test_the_sp_script_says_what_is_missing(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        ([], "sp_size(4) x dp_size(1) = 4 != WORLD_SIZE(1); launch 4 processes (torchrun --nproc_per_node=4)"),
+        (["sp_size=8", "model_num_heads=4"], "model_num_heads(4) % sp_size(8) = 4, not 0"),
+        (["inference.cuda_graphs=true"], "inference.cuda_graphs(true) with sp_size(4)"),
+        (["inference.device=cuda:0"], "one card for sp_size(4) x dp_size(1) processes"),
+    ],
+)
+def test_the_sp_script_refuses_what_ranks_cannot_share(monkeypatch, capsys, words, part):
     monkeypatch.chdir(ROOT)
-    assert run(inference_sp, ["--config_path", "configs/inference_sp.yaml"]) == 2
-    assert "sequence parallelism (sp_size 4 x dp_size 1) is not available yet" in capsys.readouterr().err
+    assert run(inference_sp, ["--config_path", "configs/inference_sp.yaml", *words]) == 2
+    err = capsys.readouterr().err.strip()
+    assert part in err and "\n" not in err
 
 
 def test_a_receipt_names_the_weights(monkeypatch, places, tmp_path):

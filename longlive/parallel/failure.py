@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..core.errors import Interrupted, LongLiveError
 from ..core.log import environment, logger
-from ..parallel.data_parallel import Replicas
+from .data_parallel import Replicas
 
 EVERY = 2.0  # seconds between looks
 GRACE = 5.0  # for the main thread to notice by itself
