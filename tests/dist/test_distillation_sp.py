@@ -10,7 +10,7 @@ from longlive.parallel.mesh import Mesh
 from longlive.train.compiled import checkpoint_blocks
 from longlive.train.dmd import critic_loss, dmd_gradient, dmd_loss, guided
 from longlive.train.scores import score
-from longlive.train.simulation import Exits, Script, StudentRollout
+from longlive.train.simulation import Exits, Script, Stepping, StudentRollout
 from longlive.train.teacher_forcing import Film, frame_positions
 
 F, CHUNKS, BATCH = 4, 4, 2
@@ -32,7 +32,8 @@ def step(mask, player, mesh):
     noise, other = (drawn(seed, BATCH, CHUNKS * F, dit.dims.channels, HEIGHT * 2, WIDTH * 2) for seed in (1, 2))
     with torch.set_grad_enabled(player == "student"):
         rollout = StudentRollout(dit, SETTINGS, mesh=mesh)
-        x, _ = rollout.run(noise, Script(cuts_Bc=cuts, prompt_Bc=prompt), dit.text(embeds), Exits(steps=(1, 0, 1, 1), first_with_gradients=1))
+        exits, stepper = Exits(steps=(1, 0, 1, 1), first_with_gradients=1), Stepping(dit, dit.text(embeds)) if mask == "causal" else None
+        x, _ = rollout.run(noise, Script(cuts_Bc=cuts, prompt_Bc=prompt), dit.text(embeds), exits, stepper=stepper)
     film = Film(prompt, frame_positions(cuts, F, 3.0))
     sigma = drawn(3, BATCH, CHUNKS).sigmoid().repeat_interleave(F, 1)
     noisy = (1 - sigma[..., None, None, None]) * x.detach() + sigma[..., None, None, None] * other
