@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,7 +146,7 @@ class DistillationTask:
             strategy=infra.sharding_strategy,
             wrap=infra.generator_fsdp_wrap_strategy,
             bf16=self.mixed,
-            recompute=checkpoint_blocks if infra.gradient_checkpointing and trains else None,
+            recompute=partial(checkpoint_blocks, keep=infra.keep_blocks) if infra.gradient_checkpointing and trains else None,
             compile=compile_blocks if self._compiled(network) else None,
         )
         apply(network.eval(), self.device, plan)
