@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .triton_rows import saturated
+
 QUERIES, KEYS = 128, 128
 
 
@@ -53,7 +55,7 @@ def fused_transpose_fp8(v, out, M, stride_b, stride_m, H, d: tl.constexpr, BM: t
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, d)
     x = tl.load(v + b * stride_b + m.to(tl.int64)[:, None] * stride_m + head * d + c[None, :], mask=(m < M)[:, None], other=0.0).to(tl.float32)
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0).to(out.dtype.element_ty)
+    x = saturated(x).to(out.dtype.element_ty)
     tl.store(out + ((b * H + head) * d + c)[:, None] * M + m[None, :], x.T, mask=(m < M)[None, :])
 
 
@@ -62,7 +64,7 @@ def fused_cast_fp8(x, out, stride_b, sample, BLOCK: tl.constexpr):
     b = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + b * stride_b + at, mask=at < sample, other=0.0).to(tl.float32)
-    tl.store(out + b * sample + at, tl.minimum(tl.maximum(v, -448.0), 448.0).to(out.dtype.element_ty), mask=at < sample)
+    tl.store(out + b * sample + at, saturated(v).to(out.dtype.element_ty), mask=at < sample)
 
 
 def codes(x_BNHd: torch.Tensor) -> torch.Tensor:

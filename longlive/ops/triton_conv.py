@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TAPS = 27
+from .triton_rows import saturated
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def fused_norm_silu_fp8(
         v += tl.where(inside, tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)[None, :], 0.0)
     scale = tl.rsqrt(tl.sum(v * v, 1) / C + eps)
     v = v * scale[:, None] * tl.load(gamma + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
-    v = tl.minimum(tl.maximum(v * tl.sigmoid(v), -448.0), 448.0)
+    v = saturated(v * tl.sigmoid(v))
     place = (b * (T + 2) + 2) * ((H + 2) * (W + 2)) + position
     tl.store(out + place[:, None] * C + col[None, :], v.to(out.dtype.element_ty), mask=(t < T)[:, None] & (col < C)[None, :])
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from .fp8 import RowFP8
 from .nvfp4 import GROUP, NVFP4, RULES
 from .random_bits import seed_word
+from .triton_rows import saturated
 
 MEASURES = {None: 0, "mse": 1, "mae": 2, "abs_max": 3}
 
@@ -207,7 +208,7 @@ def fused_unpack(codes, scales, factor, row_scales, out, row_groups, tensor_grou
     at = group[:, None] * 16 + tl.arange(0, 16)[None, :]
     if ROWS:
         value = tl.div_rn(value, tl.load(row_scales + group // row_groups, mask=inside, other=1.0)[:, None])
-        narrow = tl.minimum(tl.maximum(value, -448.0), 448.0).to(tl.float8e4nv)
+        narrow = saturated(value).to(tl.float8e4nv)
         tl.store(out + at, narrow.to(tl.uint8, bitcast=True), mask=inside[:, None])
     else:
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside[:, None])

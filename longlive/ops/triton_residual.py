@@ -74,7 +74,7 @@ def residual_norm(
         scale, (mod_b, mod_g) = _rows(scale)
         shift, other = _rows(shift)
         if other != (mod_b, mod_g):
-            scale, shift = scale.contiguous(), shift.contiguous()
+            scale, shift = (t.expand(B, -1, -1).contiguous() for t in (scale, shift))
             mod_b, mod_g = scale.stride()[:2]
     else:
         mod_b = mod_g = 0

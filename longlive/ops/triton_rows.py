@@ -15,13 +15,19 @@ from .fp8 import RowFP8
 
 
 @triton.jit
+def saturated(v):
+    """`v` within the range of E4M3; NaN stays NaN, which a minimum or maximum would make a number."""
+    return tl.where(v == v, tl.minimum(tl.maximum(v, -448.0), 448.0), v)
+
+
+@triton.jit
 def store_row(v, inside, codes, scales, row, col, K: tl.constexpr):
     """Quantises the float32 row `v` (0 outside): E4M3 bits to `codes`, its scale to `scales`. Infinity or NaN: scale NaN, codes 0."""
     size = tl.abs(v)
     broken = tl.max((size > 3.4028234663852886e38).to(tl.int32) + (v != v).to(tl.int32), 0) > 0
     amax = tl.max(size, 0)
     scale = tl.where(amax == 0.0, 1.0, tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38))
-    scaled = tl.minimum(tl.maximum(tl.div_rn(v, scale), -448.0), 448.0)
+    scaled = saturated(tl.div_rn(v, scale))
     bits = tl.where(broken, 0.0, scaled).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     tl.store(codes + row * K + col, bits, mask=inside)
     tl.store(scales + row, tl.where(broken, float("nan"), scale))

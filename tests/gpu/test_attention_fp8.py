@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels_here import GPU_ONLY, INTERPRETED, MARKS, apart, random
+from kernels_here import DEVICE, GPU_ONLY, INTERPRETED, MARKS, apart, random
 
 from longlive.ops.attention import attention, fp8_fits
 from longlive.ops.fp8 import to_e4m3
@@ -10,6 +10,16 @@ from longlive.ops.fp8 import to_e4m3
 pytestmark = [*MARKS, pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs Hopper or later")]
 SMALL = [(1, 3, 16, 1, 64), (2, 130, 144, 2, 64)]
 LARGE = [(1, 33, 272, 3, 128), (2, 128, 256, 2, 128), (1, 1000, 4 * 1008, 5, 128)]
+
+if torch.cuda.is_available() or INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from longlive.ops.triton_rows import saturated
+
+    @triton.jit
+    def saturate(x, out):
+        tl.store(out, saturated(tl.load(x)))
 
 
 @pytest.mark.parametrize("batch, queries, keys, heads, head_dim", SMALL if INTERPRETED else SMALL + LARGE)
@@ -35,6 +45,20 @@ def test_codes_and_their_transposition(batch, keys, heads, head_dim):
     plain, turned = kernel.codes(v).float(), kernel.transposed_codes(v).float()
     assert torch.equal(turned, plain.permute(0, 2, 3, 1))
     assert apart(plain, truth) < 0.2 if INTERPRETED else torch.equal(plain, truth)  # the interpreter rounds some values wrongly
+
+
+@pytest.mark.parametrize("wide, kept", [(torch.nan, torch.nan), (torch.inf, 448.0), (-1e9, -448.0), (3.0, 3.0)])
+def test_saturating_keeps_what_is_no_number(wide, kept):
+    x, out = torch.tensor([wide], device=DEVICE), torch.zeros(1, device=DEVICE)
+    saturate[(1,)](x, out)
+    torch.testing.assert_close(out.cpu(), torch.tensor([kept]), rtol=0, atol=0, equal_nan=True)
+
+
+@GPU_ONLY
+def test_what_is_no_number_reaches_the_result():
+    q, k, v = (random(1, 128, 2, 64, seed=n, dtype=torch.bfloat16) for n in range(3))
+    k[0, 5] = torch.nan
+    assert fp8_fits(q, k, v) and attention(q, k, v, kernel="fp8").isnan().all()
 
 
 @GPU_ONLY

@@ -59,6 +59,16 @@ def test_one_row_of_modulation_serves_all_samples_or_each_has_its_own(shared):
     close(normed, modulate(layer_norm(x.double(), EPS), *wide(shift.expand(3, -1, -1), scale.expand(3, -1, -1))), torch.float32)
 
 
+@pytest.mark.parametrize("samples", [(1, 1), (1, 3), (3, 1)])
+def test_rows_of_modulation_may_lie_in_memory_in_different_ways(samples):
+    from longlive.ops.triton_residual import residual_norm
+
+    x, shift = random(3, 4, 10), random(samples[0], 2, 6, 10, seed=1)[:, :, 3]
+    scale = random(samples[1], 2, 10, seed=2)
+    normed = residual_norm(x, None, None, scale, shift, EPS, modulated=True)[1]
+    close(normed, modulate(layer_norm(x.double(), EPS), *wide(shift.expand(3, -1, -1), scale.expand(3, -1, -1))), torch.float32)
+
+
 def projections(batch, tokens, count, head_dim, dtype):
     """q, k, v as views of one joint product."""
     joint = random(batch, tokens, 3 * count * head_dim, seed=1, dtype=dtype)
