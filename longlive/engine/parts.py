@@ -25,6 +25,7 @@ from ..models.text import TextEncoder, text_encoder
 from ..models.vae_fp8 import decoder_to_fp8
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, load_into, native_state, read_state, refuse_lora_on_merged
+from ..ops.triton_available import fp8_tiles_lack
 from ..precision.configured import configured_converter
 from .adapters import configured_adapters
 
@@ -39,6 +40,8 @@ def load_dit(
     `adapters` (default: those that the configuration names) are merged with `merge_lora`, else they stay beside it, live, in `dtype`. With `fp8_quant` or
     `model_quant` linear layers are quantised in between, or taken as the checkpoint holds them. Order: load, merge, convert, live LoRA.
     """
+    if config.inference.attention == "fp8":
+        _has_fp8_tiles(device, "inference.attention: fp8", "set inference.attention: auto")
     adapters = configured_adapters(config) if adapters is None else adapters
     path = generator_path(config, spec)
     packed, state = split_packed(read_state(path, use_ema=config.inference.use_ema, kind="generator"), named_rule(config))
@@ -60,6 +63,13 @@ def load_dit(
     for adapter, weight in adapters if not merge else ():
         add(dit, spec, adapter, weight=weight, dtype=dtype)
     return dit.eval().requires_grad_(False), path
+
+
+def _has_fp8_tiles(device: torch.device, setting: str, instead: str) -> None:
+    """Raises ConfigError on a GPU whose FP8 kernels would be emulated, slower than without the setting."""
+    reason = fp8_tiles_lack(device) if device.type == "cuda" else None
+    if reason is not None:
+        raise ConfigError(f"{setting} cannot run on {device}: {reason}; {instead}")
 
 
 def named_rule(config) -> str | None:
@@ -99,6 +109,8 @@ def load_codec(
 
     `folder` or `path`: a checkpoint elsewhere. `pruning_rate` is checked against the file, which knows its own.
     """
+    if config.inference.vae_fp8:
+        _has_fp8_tiles(device, "inference.vae_fp8: true", "set inference.vae_fp8: false")
     kind, dtype = config.inference.vae_type, dtype or decode_dtype(config, device)
     group = CPU_GROUP if device.type == "cpu" else 0
     if not spec.folder:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.errors import ConfigError
 from .fp8 import to_e4m3
 from .inference import fuses
+from .triton_available import fused_fp8_tiles
 
 Kernel = Callable[..., torch.Tensor]
 # Fastest first at our shapes on Hopper (cuDNN reaches about twice the rate of the FlashAttention-2 class kernel).
@@ -44,7 +45,7 @@ def math(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias:
 
 
 def fp8(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Both products in e4m3 where the GPU has them (Hopper or later, with Triton); elsewhere attention of q, k and v rounded to e4m3.
+    """Both products in e4m3 where the GPU has them (`fp8_tiles_lack`); elsewhere attention of q, k and v rounded to e4m3.
 
     Queries and keys behind an RMS norm, and values, are of order one, well within e4m3, and need no scale. Without bias and gradients.
     """
@@ -61,7 +62,7 @@ def fp8(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: 
 
 def fp8_fits(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor) -> bool:
     """Whether the FP8 kernel takes these tensors: heads of 64 or 128 features, keys in multiples of 16, every sample in one piece."""
-    if not fuses(q_BNHd, k_BMHd, v_BMHd) or torch.cuda.get_device_capability(q_BNHd.device)[0] < 9:
+    if not fused_fp8_tiles(q_BNHd) or not fuses(q_BNHd, k_BMHd, v_BMHd):
         return False
     return q_BNHd.shape[-1] in (64, 128) and k_BMHd.shape[1] % 16 == 0 and all(t[0].is_contiguous() for t in (k_BMHd, v_BMHd))
 

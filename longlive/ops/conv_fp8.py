@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .frames import norm_silu
 from .inference import fuses
+from .triton_available import fused_fp8_tiles
 
 LARGEST = 448.0  # of e4m3
 CODES = torch.float8_e4m3fn
@@ -37,8 +38,8 @@ def fits(inputs: int, outputs: int) -> bool:
 
 
 def tensor_cores(x: Tensor) -> bool:
-    """Whether products in FP8 have a kernel where `x` is: Hopper or later, with Triton."""
-    return fuses(x) and torch.cuda.get_device_capability(x.device)[0] >= 9
+    """Whether products in FP8 have a kernel where `x` is (`fp8_tiles_lack`)."""
+    return fused_fp8_tiles(x) and fuses(x)
 
 
 def empty_past(x_BTHWC: Tensor) -> Tensor:

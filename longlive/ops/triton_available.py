@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+FP8_TILE_MAJORS = (9, 10)
+
 
 @cache
 def _installed() -> bool:
@@ -26,3 +28,21 @@ def _computes_e4m3(device: torch.device) -> bool:
 def fused_fp8(x: torch.Tensor) -> bool:
     """The same for kernels that convert to or from E4M3, which cards before Ada cannot."""
     return fused(x) and _computes_e4m3(x.device)
+
+
+@cache
+def fp8_tiles_lack(device: torch.device) -> str | None:
+    """Why the FP8 kernels of convolution and attention cannot run on this GPU; None: they can.
+
+    Their tiles take up to 192 KiB of shared memory, which Hopper and datacentre Blackwell have; consumer Blackwell (12.x) has 99.
+    """
+    if not _installed():
+        return "Triton is not installed (pip install triton)"
+    if torch.cuda.get_device_capability(device)[0] not in FP8_TILE_MAJORS:
+        return f"its kernels are for Hopper and datacentre Blackwell, and this is {torch.cuda.get_device_name(device)}"
+    return None
+
+
+def fused_fp8_tiles(x: torch.Tensor) -> bool:
+    """The same for products of FP8 tiles."""
+    return x.is_cuda and fp8_tiles_lack(x.device) is None

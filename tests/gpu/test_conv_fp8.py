@@ -7,8 +7,9 @@ from kernels_here import DEVICE, GPU_ONLY, INTERPRETED, MARKS, apart, random
 
 from longlive.ops import conv_fp8
 from longlive.ops.frames import norm_silu
+from longlive.ops.triton_available import fp8_tiles_lack
 
-pytestmark = [*MARKS, pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs Hopper or later")]
+pytestmark = [*MARKS, pytest.mark.skipif(torch.cuda.is_available() and fp8_tiles_lack(DEVICE) is not None, reason="needs Hopper or datacentre Blackwell")]
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 
 

@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from longlive.config import default_config
-from longlive.core.errors import InputError
-from longlive.engine.parts import load_codec
+from longlive.core.errors import ConfigError, InputError
+from longlive.engine.parts import load_codec, load_dit
 from longlive.evaluation.world import evaluation_stories
 from longlive.models.codec import VideoCodec
 from longlive.models.spec import VAEDims, model_spec
 from longlive.models.vae_fp8 import Fp8Conv, decoder_to_fp8
 from longlive.models.wan_vae import WanVAE
+from longlive.ops import triton_available
 from longlive.ops.conv_fp8 import convolution_fp8, norm_silu_fp8, quantise_weight
 from longlive.ops.frames import norm_silu
 from longlive.world.render import chunk_parameters, render
@@ -103,3 +104,25 @@ def test_the_shipped_decoder_loses_next_to_nothing():
         return (a - b).square().mean()
 
     assert error(near, exact) < 1e-4 and error(near, pixels) < 1.03 * error(exact, pixels)  # pixels in [-1, 1]: more than 46 dB apart, 0.13 dB lost
+
+
+@pytest.mark.parametrize("setting", ["inference.vae_fp8=true", "inference.attention=fp8"])
+@pytest.mark.parametrize("major, triton, told", [(12, True, "Hopper and datacentre Blackwell"), (8, True, "a card"), (9, False, "Triton is not installed")])
+def test_a_card_without_these_kernels_is_refused_before_weights_are_read(monkeypatch, setting, major, triton, told):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(triton_available, "_installed", lambda: triton)
+    triton_available.fp8_tiles_lack.cache_clear()
+    load = load_codec if "vae" in setting else load_dit
+    with pytest.raises(ConfigError, match=f"(?s){setting.split('=')[0]}.*cannot run.*{told}.*set inference"):
+        load(default_config("tiny", [setting]), model_spec("tiny"), torch.device("cuda:0"), torch.bfloat16)
+    triton_available.fp8_tiles_lack.cache_clear()
+
+
+@pytest.mark.parametrize("major", [9, 10])
+def test_cards_with_these_kernels_are_not_refused(monkeypatch, major):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(triton_available, "_installed", lambda: True)
+    triton_available.fp8_tiles_lack.cache_clear()
+    assert triton_available.fp8_tiles_lack(torch.device("cuda:0")) is None
+    triton_available.fp8_tiles_lack.cache_clear()
