@@ -1,5 +1,7 @@
 """Films that 2 and 4 ranks make together: what the transformer says at every step, and what is kept of every chunk, is that of one rank."""
 
+from functools import cache
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -89,6 +91,11 @@ def everything(sp_size):
     return {name: film(mesh, **case) for name, case in CASES.items()} | ({"stopped": stopped(mesh)} if sp_size == 2 else {})
 
 
+@cache
+def alone(case):
+    return film(Mesh(), **CASES[case])
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     return {size: run_ranks(everything, size, tmp_path_factory.mktemp(f"ranks{size}"), size) for size in (2, 4)}
@@ -97,7 +104,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("sp_size", [2, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_share_a_film_make_that_of_one(found, case, sp_size):
-    said, latents = film(Mesh(), **CASES[case])
+    said, latents = alone(case)
     parts = [rank[case] for rank in found[sp_size]]
     together = torch.cat([own for own, _ in parts], dim=2)
     assert together.shape == said.shape and all(torch.equal(parts[0][1], whole) for _, whole in parts)
