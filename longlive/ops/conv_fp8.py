@@ -14,22 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fp8 import DTYPE, quantise_rows, to_e4m3
 from .frames import norm_silu
 from .inference import fuses
 from .triton_available import fused_fp8_tiles
 
-LARGEST = 448.0  # of e4m3
-CODES = torch.float8_e4m3fn
 MULTIPLE = 64  # channels in and out
 
 
 def quantise_weight(weight_OITHW: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes e4m3 [27, O, I], tap (t, h, w) major; scales float32 [O]) of a 3x3x3 kernel. A channel of zeros has scale 1."""
-    wide = weight_OITHW.detach().float()
-    largest = wide.abs().amax((1, 2, 3, 4))
-    scales = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
-    codes = (wide / scales[:, None, None, None, None]).clamp(-LARGEST, LARGEST).to(CODES)
-    return codes.permute(2, 3, 4, 0, 1).flatten(0, 2).contiguous(), scales
+    """(codes e4m3 [27, O, I], tap (t, h, w) major; scales float32 [O]) of a 3x3x3 kernel. A channel of zeros has scale 1. InputError: infinity or NaN."""
+    rows = quantise_rows(weight_OITHW.detach().flatten(1))
+    codes = rows.codes.view(weight_OITHW.shape).permute(2, 3, 4, 0, 1).flatten(0, 2).contiguous()
+    return codes.view(DTYPE), rows.scales.squeeze(1)
 
 
 def fits(inputs: int, outputs: int) -> bool:
@@ -45,7 +42,7 @@ def tensor_cores(x: Tensor) -> bool:
 def empty_past(x_BTHWC: Tensor) -> Tensor:
     """What came before a stream: two frames of zeros."""
     B, _, H, W, C = x_BTHWC.shape
-    return torch.zeros(B, 2, H + 2, W + 2, C, dtype=CODES, device=x_BTHWC.device)
+    return torch.zeros(B, 2, H + 2, W + 2, C, dtype=DTYPE, device=x_BTHWC.device)
 
 
 def norm_silu_fp8(x_BTHWC: Tensor, gamma: Tensor, past: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,9 +51,9 @@ def norm_silu_fp8(x_BTHWC: Tensor, gamma: Tensor, past: Tensor, bias: Tensor | N
         from . import triton_conv
 
         return triton_conv.norm_silu_fp8(x_BTHWC, bias, gamma.flatten(), past)
-    y = norm_silu(x_BTHWC.float(), gamma.float(), None, None if bias is None else bias.float()).clamp(-LARGEST, LARGEST)
-    y = F.pad(y, (0, 0, 1, 1, 1, 1)).to(CODES)
-    return torch.cat([past.view(torch.uint8), y.view(torch.uint8)], 1).view(CODES)
+    y = norm_silu(x_BTHWC.float(), gamma.float(), None, None if bias is None else bias.float())
+    y = to_e4m3(F.pad(y, (0, 0, 1, 1, 1, 1)))
+    return torch.cat([past.view(torch.uint8), y.view(torch.uint8)], 1).view(DTYPE)
 
 
 def convolution_fp8(frames: Tensor, codes: Tensor, scales: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
