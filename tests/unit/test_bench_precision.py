@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from longlive.bench.precision import PARTS, PrecisionSettings, bench_precision
+from longlive.bench.precision import PARTS, PrecisionSettings, Scene, _Bench, bench_precision
+from longlive.bench.record import Record
+from longlive.cache import quantised
 from longlive.core.errors import InputError
 
 TOY = {"model": "tiny", "layers": 1, "height": 32, "width": 64, "repeats": 1, "window": 2}
@@ -29,3 +32,14 @@ def test_every_way_and_store_is_measured_against_bf16(tmp_path):
 def test_bad_settings_are_refused(words, part):
     with pytest.raises(InputError, match=part):
         PrecisionSettings(**TOY | words).check()
+
+
+def test_a_timed_denoising_forward_writes_no_page(monkeypatch):
+    scene, written = Scene(PrecisionSettings(**TOY, stores=("bf16", "int8")), torch.device("cpu")), []
+    bench = _Bench(scene, Record(None, {}), lambda line: None)
+    dit, works = scene.network("bf16"), {}
+    bench.base = scene.forward(dit, scene.store("bf16", torch.bfloat16))()
+    bench._store("int8", dit, works)
+    monkeypatch.setattr(quantised, "write_page", lambda *given: written.append(given))
+    works["int8"]()
+    assert not written
