@@ -1,7 +1,8 @@
 """One film against the clock, through the `Session` and `DecodeStage` of every other film.
 
 The clock of a film starts with its text embeddings ready and runs to its last uint8 frame on the host. The first chunks see a smaller window; a chunk counts as
-steady once the window is full. Kernels are timed by the profiler for one steady chunk, apart from the film that is timed.
+steady once the window is full. Ranks that make a film together begin together, and the first of them decodes. Kernels are timed by the profiler for one
+steady chunk, apart from the film that is timed.
 
 Legend: B batch, F latent frames of a chunk, C latent channels, H, W latent rows and columns.
 """
@@ -82,9 +83,9 @@ def run_film(pipeline: Pipeline, chunks: int, *, decode: bool, prompt: str = PRO
     """Makes a film whose last `chunks` chunks are steady. `decode` False: latents only, and "on the host" means that the device is done."""
     warm = warm_chunks(pipeline)
     pipeline.text_encoder.encode([prompt])
-    _wait(pipeline.device)
+    _wait(pipeline)
     began, at, denoise = time.perf_counter(), [], []
-    with film_session(pipeline, warm + chunks, decode=decode, prompt=prompt) as session:
+    with film_session(pipeline, warm + chunks, decode=decode and pipeline.mesh.sp_rank == 0, prompt=prompt) as session:
         for result in session:
             at.append(time.perf_counter() - began)
             denoise.append(result.seconds["denoise"])
@@ -93,15 +94,19 @@ def run_film(pipeline: Pipeline, chunks: int, *, decode: bool, prompt: str = PRO
 
 
 def first_seconds(pipeline: Pipeline, prompt: str = PROMPT) -> tuple[float, float]:
-    """From embeddings ready to the first frames on the host, and to the whole first chunk, of a fresh film of one chunk."""
+    """From embeddings ready to the first frames on the host, and to the whole first chunk, of a fresh film of one chunk.
+
+    On a rank that does not decode both mean the chunk's latents.
+    """
     pipeline.text_encoder.encode([prompt])
-    _wait(pipeline.device)
+    _wait(pipeline)
     told: list[float] = []
     began = time.perf_counter()
-    with film_session(pipeline, 1, decode=True, prompt=prompt) as session:
+    with film_session(pipeline, 1, decode=pipeline.mesh.sp_rank == 0, prompt=prompt) as session:
         session.on_frames = lambda frames: told.append(time.perf_counter() - began)
         next(session)
-        return told[0], time.perf_counter() - began
+        chunk = time.perf_counter() - began
+        return told[0] if told else chunk, chunk
 
 
 class ChunkDecoder:
@@ -138,6 +143,8 @@ def with_steps(pipeline: Pipeline, steps: int) -> Pipeline:
     return replace(pipeline, settings=replace(pipeline.settings, steps=steps))
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait(pipeline: Pipeline) -> None:
+    """Until the device is done, on all ranks that make the film."""
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    pipeline.mesh.any(False)

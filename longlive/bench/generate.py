@@ -1,4 +1,4 @@
-"""Speed of generation: sampling alone, decoding alone, and both, end to end, in one process.
+"""Speed of generation: sampling alone, decoding alone, and both, end to end, in one process, or in several that make each film together.
 
 For every precision, number of steps and VAE a row: what a steady chunk takes, when the first frames are there, how even the chunks come, how much memory.
 The film is a `Session` with a `DecodeStage` as everywhere else. Networks are random in the sizes of a model, or a checkpoint's.
@@ -18,9 +18,13 @@ import torch
 
 from ..core.errors import InputError, LongLiveError
 from ..core.geometry import CHUNK_FRAMES, Geometry
+from ..core.log import launch_rank
 from ..engine.decode import STAGES
 from ..engine.pipeline import Pipeline
+from ..models.spec import model_spec
 from ..ops.attention import KERNELS
+from ..parallel.mesh import Mesh, check_heads
+from ..precision.converter import share_activation_scales
 from .film import Arrivals, ChunkDecoder, film_kernels, film_session, first_seconds, run_film, warm_chunks, with_steps
 from .networks import CheckpointNetworks, RandomNetworks, precision, seconds_of, vae_kind
 from .record import surroundings, write_json
@@ -83,15 +87,34 @@ class GenerateSettings:
 
 
 def bench_generate(
-    settings: GenerateSettings, path: Path | None, report: Callable[[str], None], *, device: torch.device | None = None, compare: tuple[str, str] | None = None
+    settings: GenerateSettings,
+    path: Path | None,
+    report: Callable[[str], None],
+    *,
+    device: torch.device | None = None,
+    compare: tuple[str, str] | None = None,
+    mesh: Mesh = Mesh(),
 ) -> list[dict]:
-    """Measures every case, reports lines, writes the rows to `path` after each; returns them. A case that fails is a row that says so."""
+    """Measures every case, reports lines, writes the rows to `path` after each; returns them. A case that fails is a row that says so.
+
+    `mesh`: the ranks that make each film together; all must call this, the first reports and writes, and a case that fails ends all.
+    """
     settings.check()
-    device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if mesh.sp_size > 1:
+        check_heads(model_spec(settings.model).dit.heads, mesh.sp_size)
+        if compare or settings.graphs == "on":
+            raise InputError(f"--compare and --graphs on are for one process, not for {mesh.sp_size} that share a film; leave them away")
+    if mesh.sp_rank:
+        path, report = None, _unheard
+    device = device or torch.device(f"cuda:{launch_rank()[2]}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bench = _Bench(settings, device, path, report)
+    bench = _Bench(settings, device, path, report, mesh)
     return bench.compare(*(_choice(settings, words) for words in compare)) if compare else bench.run()
+
+
+def _unheard(line: str) -> None:
+    """Of ranks that do not report."""
 
 
 def results_file(name: str) -> Path:
@@ -114,17 +137,17 @@ def _choice(settings: GenerateSettings, words: str) -> dict:
 
 
 class _Bench:
-    def __init__(self, settings: GenerateSettings, device: torch.device, path: Path | None, report: Callable[[str], None]):
-        self.settings, self.device, self.path, self.report = settings, device, path, report
+    def __init__(self, settings: GenerateSettings, device: torch.device, path: Path | None, report: Callable[[str], None], mesh: Mesh):
+        self.settings, self.device, self.path, self.report, self.mesh = settings, device, path, report, mesh
         self.rows: list[dict] = []
         self.began = time.perf_counter()
         s = settings
         if s.config is not None:
-            self.networks = CheckpointNetworks(s.config, s.overrides, device)
+            self.networks = CheckpointNetworks(s.config, s.overrides, device, mesh)
         else:
             size = None if s.height is None else Geometry(s.height, s.width)
             self.networks = RandomNetworks(s.model, size, device, window=s.window, layers=s.layers)
-        found = surroundings(device, 1)
+        found = surroundings(device, mesh.sp_size)
         self.head = {"hardware": found.pop("device"), "commit": found.pop("commit"), "date": found.pop("date"), "versions": found}
         for name, value in {**self.head, **asdict(settings)}.items():
             self.report(f"{name:12s} {value}")
@@ -152,7 +175,9 @@ class _Bench:
         pipeline = self.networks.pipeline(name)
         kind = self.settings.decode if self.device.type == "cuda" else "inline"
         settings = replace(pipeline.settings, attention=self.settings.attention)
-        return replace(pipeline, decode_kind=kind, cuda_graphs=GRAPHS[self.settings.graphs], settings=settings)
+        if self.mesh.sp_size > 1:
+            share_activation_scales(pipeline.dit, self.mesh.largest)
+        return replace(pipeline, mesh=self.mesh, decode_kind=kind, cuda_graphs=GRAPHS[self.settings.graphs], settings=settings)
 
     def _decoded(self, pipeline: Pipeline, name: str, vae: str, alone: dict[int, dict], load: float) -> None:
         """The rows of one VAE."""
@@ -170,7 +195,9 @@ class _Bench:
     def _row(self, pipeline: Pipeline, key: dict, values: dict) -> None:
         s, g = self.settings, pipeline.geometry
         frames = pipeline.settings.window_frames
-        shape = {"gpus": int(self.device.type == "cuda"), "width": g.width, "height": g.height, "window": frames, "chunks": s.chunks}
+        ranks = self.mesh.sp_size
+        shape = {"gpus": ranks if self.device.type == "cuda" else 0, "processes": ranks, "width": g.width, "height": g.height}
+        shape |= {"window": frames, "chunks": s.chunks}
         model = {"model": pipeline.spec.name, "weights": "random" if s.config is None else str(s.config), "decode": pipeline.decode_kind}
         model |= {"group": s.group, "graphs": s.graphs, "attention": pipeline.settings.attention}
         self.rows.append({**model, **key, **shape, **values, **self.head})
@@ -227,13 +254,15 @@ class _Bench:
     def _tried(self, work: Callable[[], dict]) -> dict:
         """What `work` gives, or its failure: a case that cannot run must not end the others."""
         elapsed = time.perf_counter() - self.began
-        if elapsed > self.settings.seconds:
+        if self.mesh.any(elapsed > self.settings.seconds):
             return {"failed": f"not begun, {elapsed:.0f} s are over (--seconds {self.settings.seconds:g})"}
         try:
             return work()
         except LongLiveError:
             raise
         except Exception as error:
+            if self.mesh.sp_size > 1:
+                raise  # the other ranks wait in an exchange
             failure = (str(error).strip() or type(error).__name__).splitlines()[0]
         _release(self.device)
         return {"failed": f"{failure[:300]}"}

@@ -27,6 +27,7 @@ from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE, channels_last
 from ..models.weights import build_on_meta
 from ..ops.kv_formats import FORMATS
+from ..parallel.mesh import Mesh
 from ..precision.backends import EMULATED, FP8, NATIVE, W4A8, W4A16, choose
 from ..precision.capability import probe
 from ..precision.converter import LinearConverter, Selection
@@ -145,8 +146,8 @@ class RandomNetworks:
 class CheckpointNetworks:
     """Networks of a configuration file, through `Pipeline.load` (canonical order, text encoder included)."""
 
-    def __init__(self, path: Path, overrides: tuple[str, ...], device: torch.device):
-        self.path, self.overrides, self.device = path, overrides, device
+    def __init__(self, path: Path, overrides: tuple[str, ...], device: torch.device, mesh: Mesh):
+        self.path, self.overrides, self.device, self.mesh = path, overrides, device, mesh
 
     def config(self, name: str, *more: str):
         from ..config import load_config
@@ -154,7 +155,7 @@ class CheckpointNetworks:
         return load_config(self.path, [*self.overrides, *precision(name).overrides, *more])
 
     def pipeline(self, name: str) -> Pipeline:
-        return Pipeline.load(self.config(name), self.device)
+        return Pipeline.load(self.config(name), self.device, mesh=self.mesh)
 
     def codec(self, vae: str, name: str, group: int) -> VideoCodec:
         from ..engine.parts import load_codec

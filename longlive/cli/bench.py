@@ -109,8 +109,15 @@ def generate(
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where the rows go; default: a new file in benchmarks/results.")] = None,
 ) -> None:
-    """Frames per second of generation: sampling, decoding and both; time to the first frames, evenness of chunks, peak memory."""
+    """Frames per second of generation: sampling, decoding and both; time to the first frames, evenness of chunks, peak memory.
+
+    Under torchrun all processes make each film together (`torchrun ... -m longlive bench generate`).
+    """
+    import torch
+
     from ..bench.generate import GenerateSettings, bench_generate, results_file
+    from ..core.log import launch_rank
+    from ..parallel.film_groups import film_mesh
 
     path = json or results_file("generate")
     _check(path)
@@ -119,8 +126,11 @@ def generate(
         height=height, width=width, window=window, decode=decode, group=group, layers=layers, graphs=graphs,
         attention=attention, profile=profile, seconds=seconds,
     )  # fmt: skip
-    bench_generate(settings, path, _say, compare=compare)
-    typer.echo(f"wrote {path}")
+    rank, world, _ = launch_rank()
+    with film_mesh([world], "cuda" if torch.cuda.is_available() else "cpu") as mesh:
+        bench_generate(settings, path, _say, compare=compare, mesh=mesh)
+    if rank == 0:
+        typer.echo(f"wrote {path}")
 
 
 def precision(

@@ -8,6 +8,7 @@ from ranks import run_ranks
 from sp_toys import CUTS, DIMS, HEIGHT, WIDTH, toy_dit
 from tiny_pipeline import random_pipeline
 
+from longlive.bench.generate import GenerateSettings, bench_generate
 from longlive.core.errors import ConfigError, InputError
 from longlive.core.story import Shot, Storyboard
 from longlive.diffusion.known import KnownFrames
@@ -86,9 +87,16 @@ def stopped(mesh):
     return len(found), found[0].latents_BFCHW, found[0].frames is not None
 
 
+def measured(mesh):
+    """(lines, rows) that the bench of generation gives this rank."""
+    small = GenerateSettings(model="tiny", layers=1, height=64, width=64, steps=(1,), vaes=("none",), chunks=1)
+    lines = []
+    return bench_generate(small, None, lines.append, device=torch.device("cpu"), mesh=mesh), lines
+
+
 def everything(sp_size):
     mesh = Mesh.launch(sp_size, "cpu")
-    return {name: film(mesh, **case) for name, case in CASES.items()} | ({"stopped": stopped(mesh)} if sp_size == 2 else {})
+    return {name: film(mesh, **case) for name, case in CASES.items()} | ({"stopped": stopped(mesh), "measured": measured(mesh)} if sp_size == 2 else {})
 
 
 @cache
@@ -120,6 +128,13 @@ def test_one_rank_that_is_told_to_stop_stops_its_group_after_the_same_chunk(foun
     assert [count for count, _, _ in ranks] == [1, 1] and [decoded for _, _, decoded in ranks] == [True, False]
     count, latents, _ = stopped(Mesh())
     assert count == 3 and all(torch.allclose(own, latents, atol=1e-5) for _, own, _ in ranks)
+
+
+def test_the_bench_counts_the_ranks_and_one_of_them_reports(found):
+    (rows, lines), (_, silent) = (rank["measured"] for rank in found[2])
+    assert rows[0]["processes"] == 2 and rows[0]["gpus"] == 0 and rows[0]["denoise_fps"] > 0 and lines and not silent
+    with pytest.raises(InputError, match="for one process, not for 2"):
+        bench_generate(GenerateSettings(model="tiny"), None, print, compare=("steps=2", "steps=1"), mesh=Mesh(sp_size=2))
 
 
 def test_what_ranks_cannot_share_is_refused():
