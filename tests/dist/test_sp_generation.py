@@ -9,9 +9,11 @@ from sp_toys import CUTS, DIMS, HEIGHT, WIDTH, toy_dit
 from tiny_pipeline import random_pipeline
 
 from longlive.bench.generate import GenerateSettings, bench_generate
+from longlive.config import default_config
 from longlive.core.errors import ConfigError, InputError
 from longlive.core.story import Shot, Storyboard
 from longlive.diffusion.known import KnownFrames
+from longlive.engine.pipeline import Pipeline
 from longlive.engine.rollout import Rollout, RolloutSettings
 from longlive.engine.session import Request
 from longlive.models.lora import attach, branches
@@ -148,6 +150,8 @@ def test_what_ranks_cannot_share_is_refused():
         rollout(4, 6)
     with pytest.raises(InputError, match="2 ranks share are not recorded"):
         rollout(2, 4, fixed=True)
+    with pytest.raises(InputError, match=r"sp_size\(2\) x dp_size\(1\) = 2 processes make films with torchrun"):
+        Pipeline.load(default_config("tiny", ["sp_size=2"]))
     pipeline = random_pipeline()
     pipeline.device, pipeline.cuda_graphs = torch.device("cuda"), True
     assert pipeline.records(1)
