@@ -13,7 +13,7 @@ Legend: B batch, L tokens of a page, H heads, d head features, b blocks of 64 to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -117,10 +117,3 @@ def dequantise_page(page: QuantisedPage, dtype: torch.dtype = torch.float32) -> 
         codes, scales = page.codes.transpose(1, 2), page.scales.transpose(1, 2)
         rest = nvfp4.NVFP4(codes, scales, page.amax, page.rule, 1, shape, torch.float32).dequantise().transpose(1, 2)
     return (rest + page.mean.unsqueeze(1)).to(dtype)
-
-
-def select_heads(page: QuantisedPage, heads: slice) -> QuantisedPage:
-    """The part of a page that belongs to some of its heads; equal to quantising those heads alone."""
-    amax = None if page.amax is None else page.amax[:, heads]
-    scales = page.scales[:, heads] if page.format == "fp8" else page.scales[:, :, heads]
-    return replace(page, codes=page.codes[:, :, heads], scales=scales, amax=amax, mean=page.mean[:, heads])

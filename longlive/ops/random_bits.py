@@ -40,8 +40,3 @@ def counter_bits(seed: int, shape: tuple[int, ...], *, row: int = 0, column: int
     by_row = _mix((_mix(place & WORD) * ROW + (place >> 32) * SEED & WORD) ^ start)
     word = _mix(by_row + torch.arange(column, column + columns, device=device) * COLUMN & WORD)
     return _mix(word ^ start) >> (32 - RANDOM_BITS)
-
-
-def drawn_bits(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Integers in [0, 2^24), int64 `shape`, the next ones of `generator`, on its device."""
-    return torch.randint(2**RANDOM_BITS, shape, generator=generator, device=generator.device)

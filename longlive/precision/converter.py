@@ -152,11 +152,6 @@ class LinearConverter:
         return nvfp4.quantise(weight, self.weight_rule, tile=self.tile)
 
 
-def stored_weights(model: nn.Module) -> dict[str, PackedTensor]:
-    """Parameter name -> quantised weight of every layer that has one: what a checkpoint writes (`models.quantised_files`)."""
-    return {f"{name}.weight": layer.stored for name, layer in model.named_modules() if isinstance(layer, QuantisedLinear)}
-
-
 def share_activation_scales(model: nn.Module, reduce: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
     """Where a sample's tokens lie on several ranks: `reduce` makes a largest value [B] that of all of them, so that every rank quantises with one scale."""
     for layer in model.modules():
