@@ -1,4 +1,4 @@
-"""Random bits for stochastic rounding: a function of (seed, place in the whole tensor), or drawn from a generator.
+"""Random bits for stochastic rounding: a function of (seed, place in the whole tensor).
 
 A place is a row and a column of the whole tensor, never of a tile or a shard: neighbouring tiles get different noise, so that rounding errors average
 out along a sum, and a shard rounds as it would inside the whole.
