@@ -23,7 +23,7 @@ shots:
 
 @pytest.fixture
 def random_networks(monkeypatch):
-    monkeypatch.setattr(Pipeline, "load", lambda config, device=None, dtype=None: random_pipeline(chunk_frames=8, window_frames=32, sink_frames=8, steps=1))
+    monkeypatch.setattr(Pipeline, "load", lambda config, *about, **more: random_pipeline(chunk_frames=8, window_frames=32, sink_frames=8, steps=1))
     monkeypatch.setattr(Judge, "load", lambda: Judge(JudgeNet()))
 
 
