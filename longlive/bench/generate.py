@@ -21,13 +21,14 @@ from ..core.geometry import CHUNK_FRAMES, Geometry
 from ..core.log import launch_rank
 from ..engine.decode import STAGES
 from ..engine.pipeline import Pipeline
+from ..engine.json_file import write_json
 from ..models.spec import model_spec
 from ..ops.attention import KERNELS
 from ..parallel.mesh import Mesh, check_heads
 from ..precision.converter import share_activation_scales
 from .film import Arrivals, ChunkDecoder, film_kernels, film_session, first_seconds, run_film, warm_chunks, with_steps
 from .networks import CheckpointNetworks, RandomNetworks, precision, seconds_of, vae_kind
-from .record import surroundings, write_json
+from .record import surroundings
 from .timing import Kernel, by_kind, kernels, timed
 
 GIB = 2**30

@@ -6,7 +6,6 @@ An entry is written as "started" before its case runs, so that a case that ends 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ import torch
 
 from .. import __version__
 from ..core.errors import InputError
+from ..engine.json_file import write_json
 
 STARTED = "started"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -79,17 +79,6 @@ class Record:
     def _write(self) -> None:
         if self.path is not None and self.writes:
             write_json(self.path, {**self.head, "cases": self.cases})
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes beside `path`, then renames."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}); give --json a file in a writable folder") from None
 
 
 def _read_cases(path: Path) -> list[dict]:

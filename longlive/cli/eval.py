@@ -192,19 +192,9 @@ def _check(option: str, path: Path | None) -> None:
 
 
 def _write(path: Path | None, values: dict) -> None:
-    """JSON in one piece or not at all."""
-    import json
-    import os
-
-    from ..core.errors import InputError
+    from ..engine.json_file import write_json
 
     if path is None:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}); give --json a file in a writable folder") from None
+    write_json(path, values)
     typer.echo(f"wrote {path}")

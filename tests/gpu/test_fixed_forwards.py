@@ -37,13 +37,19 @@ def test_a_recorded_film_is_the_film(settings):
     assert sum(f.graph is not None for f in films[1].fixed.forwards.values()) >= 4
 
 
-def test_a_recorded_film_goes_on_from_a_snapshot():
+def begun(chunks):
+    """A network, its text, and a recorded film of so many chunks."""
     dit = model("cuda", torch.bfloat16).requires_grad_(False)
     with torch.no_grad():
         text = dit.text(PROMPTS)
     film = rollout(dit, True)
-    for chunk in range(5):
+    for chunk in range(chunks):
         step(film, dit, chunk, text)
+    return dit, text, film
+
+
+def test_a_recorded_film_goes_on_from_a_snapshot():
+    dit, text, film = begun(5)
     kept = film.snapshot()
     first = [step(film, dit, chunk, text) for chunk in range(5, 8)]
     film.restore(kept)
@@ -51,12 +57,7 @@ def test_a_recorded_film_goes_on_from_a_snapshot():
 
 
 def test_adapters_are_heard():
-    dit = model("cuda", torch.bfloat16).requires_grad_(False)
-    with torch.no_grad():
-        text = dit.text(PROMPTS)
-    film = rollout(dit, True)
-    for chunk in range(6):
-        step(film, dit, chunk, text)
+    dit, text, film = begun(6)
     kept = film.snapshot()
     plain = step(film, dit, 6, text)
     attach(dit, SimpleNamespace(linear_patterns=("blocks.*.self_attn.[qkvo]",)), 4, dtype=torch.bfloat16)
