@@ -169,7 +169,7 @@ class Loop:
         self.writes, self.sharded = replicas.rank == 0, is_sharded(task.module)
         self.small = sum(p.numel() * p.element_size() for p in task.module.parameters()) < SMALL_ENOUGH
         self.skipped = SkippedSteps()
-        self.unsettled: tuple[Late, list[Player]] | None = None  # whether the last step was refused, not yet read, and who learned in it
+        self.unsettled: list[tuple[Late, Player]] = []  # who learned in the last step, and whether that was refused, not yet read
         logdir.mkdir(parents=True, exist_ok=True)
         self.files = RunFiles(task, self.players, logdir, config=config, replicas=replicas, keep=settings.keep)
         resumed = self.files.resume() if auto_resume else None
@@ -248,15 +248,14 @@ class Loop:
         return Draw(generator, host, self.settings.progress(self.state), self.state.step, micro, self.players[number].name)
 
     def _step(self) -> None:
-        began, learned, refused, columns = time.perf_counter(), [], 0.0, {}
+        began, learned, columns = time.perf_counter(), [], {}
         for number, player in enumerate(self.players):
             if player.due(self.state.step):
-                found, broken = self.learn(number, player)
+                found, refused = self.learn(number, player)
                 columns |= {player.role.prefix + name: value for name, value in found.items()}
-                learned.append(player)
-                refused = refused + broken
+                learned.append((refused, player))
         rate = self.players[0].optimizer.param_groups[0]["lr"]
-        self.state, self.unsettled = RunState(self.state.step + 1, self.state.elapsed), (Late(refused), learned)
+        self.state, self.unsettled = RunState(self.state.step + 1, self.state.elapsed), [(Late(refused), player) for refused, player in learned]
         numbers = {"lr": rate, "seconds": self.state.elapsed, "ms": 1000 * (time.perf_counter() - began)}
         self.metrics.add(self.state.step, columns, numbers)
 
@@ -283,16 +282,17 @@ class Loop:
         return {"loss": total, "grad_norm": norm, **columns}, refused
 
     def _settle(self) -> None:
-        """What the last step left to the host: counting it when it was skipped, the average when it was not.
+        """What the last step left to the host: counting it when one who learned was refused, the average of those who were not.
 
         Weights must still be those of that step: called before the next one changes them, and before anything reads the average.
         """
-        if self.unsettled is None:
+        if not self.unsettled:
             return
-        (refused, learned), self.unsettled = self.unsettled, None
-        sound = not refused.read()
-        for player in learned if sound else ():
+        unsettled, self.unsettled = self.unsettled, []
+        learned = [player for refused, player in unsettled if not refused.read()]
+        for player in learned:
             player.ema.update(player.network, self.state.step)
+        sound = len(learned) == len(unsettled)
         if self.skipped.count(sound, self.state.step) == SKIPS_IN_A_ROW:
             self.metrics.flush()
             self.files.wait()

@@ -18,6 +18,7 @@ from longlive.train import guards, trainer
 from longlive.train.diffusion import DiffusionTask
 from longlive.train.garbage import Garbage
 from longlive.train.muon import muon
+from longlive.train.players import Role
 from longlive.train.optim import adamw, guarded_step
 from longlive.train.state import optimizer_tensors, parts
 from longlive.train.trainer import Loop, LoopSettings
@@ -118,6 +119,36 @@ def test_a_run_with_refused_steps_is_the_run_without_them(tmp_path):
     assert all(torch.equal(bad.exported[name], tensor) for name, tensor in honest.task.exported.items())
     rows = [json.loads(line) for line in (tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()]
     assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 0, 0, 1] and rows[1]["grad_norm"] is None
+
+
+class Pair(Task):
+    """Two players; steps `bad` are refused to the second only."""
+
+    def __init__(self, bad=()):
+        super().__init__(bad)
+        self.other = network()
+        rates = {"lr": 1e-2, "betas": (0.9, 0.99), "max_grad_norm": 1.0, "ema_decay": 0.9}
+        pairs = (("one", self.module), ("two", self.other))
+        self.roles = tuple(Role(name=name, network=module, trained=module, prefix=name, **rates) for name, module in pairs)
+
+    def batch(self, draw):
+        return draw.player, *super().batch(draw)
+
+    def loss(self, batch):
+        player, step, x = batch
+        module = self.module if player == "one" else self.other
+        for block in module.blocks:
+            x = block(x).tanh()
+        return module.head(x).square().mean() * (float("nan") if player == "two" and step in self.bad else 1.0), {}
+
+
+def test_a_refused_player_does_not_cost_the_other_its_average(tmp_path):
+    tasks = {bad: Pair(bad) for bad in ((), (1, 2))}
+    for number, task in enumerate(tasks.values()):
+        loop(tmp_path / str(number), task, optimizer="adamw").fit()
+    sound, refused = tasks.values()
+    assert all(torch.equal(tensor, refused.exported[name]) for name, tensor in sound.exported.items())
+    assert not all(torch.equal(a, b) for a, b in zip(sound.other.parameters(), refused.other.parameters()))
 
 
 def test_the_host_reads_a_steps_flag_when_the_next_one_is_on_its_way(tmp_path, monkeypatch):
