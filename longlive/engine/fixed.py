@@ -115,8 +115,8 @@ class FixedForwards:
     """Called as the network is, with the same result. `begin` before each chunk."""
 
     def __init__(self, dit: WanDiT, device: torch.device):
-        self.dit = dit
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.dit, self.records = dit, device.type == "cuda"
+        self.pool = self._fresh_pool()
         self.forwards: dict[tuple, FixedForward] = {}
         self.texts: dict[tuple[int, int], FixedText] = {}
         self._branches: list[tuple[str, str, bool]] = []
@@ -126,7 +126,11 @@ class FixedForwards:
         found = [(name, branch.adapter, branch.live) for name, branch in branches(self.dit)]
         if found != self._branches:
             self.forwards.clear()
-            self._branches = found
+            self._branches, self.pool = found, self._fresh_pool()
+
+    def _fresh_pool(self):
+        """Memory for recordings. CUDA gives a pool up with its last recording, and its name may not be used again."""
+        return torch.cuda.graph_pool_handle() if self.records else None
 
     def __call__(self, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, text: TextContext, attend: Recordable, until: str) -> torch.Tensor | None:
         if type(attend.pages) not in (Pages, QuantisedPages) or torch.is_grad_enabled():

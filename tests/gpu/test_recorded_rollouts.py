@@ -28,7 +28,7 @@ def test_recorded_rollouts_are_plain_rollouts(mixed):
         for record in (False, True):
             text = dit.text([prompt.float().to(DEVICE) for prompt in toy_prompts(BATCH * CHUNKS)])
             stepper = Stepping(dit, text, recorded) if record else None
-            x = StudentRollout(dit, SETTINGS, phase=phase).run(noise, script, text, Exits(steps=(last,) * CHUNKS), stepper=stepper)
+            x = StudentRollout(dit, SETTINGS, phase=phase).run(noise, script, text, Exits(steps=(last,) * CHUNKS), stepper=stepper).x_BFCHW
             found.append((x.detach(), torch.autograd.grad(x.square().mean(), dit.blocks[0].self_attn.q.weight)[0]))
         (x, slope), (again, slope_again) = found
         bar = 0.05 if mixed else 1e-4

@@ -1,5 +1,7 @@
 """Forwards at fixed addresses give what the network gives, whatever changes between them; the same code is recorded as graphs on a GPU (tests/gpu)."""
 
+import itertools
+
 import pytest
 import torch
 from dit_toys import FRAMES, toy_dit, toy_noise, toy_prompts, toy_rollout
@@ -82,3 +84,17 @@ def test_recordings_end_when_adapters_change():
         branch.weight = 0.0
     fixed.begin()
     assert not fixed.forwards
+
+
+def test_recordings_that_ended_leave_their_memory(monkeypatch):
+    """A pool whose recordings are gone is not recorded into again (CUDA refuses it)."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count().__next__)
+    dit = toy_dit()
+    fixed = FixedForwards(dit, torch.device("cuda"))
+    fixed.begin()
+    first = fixed.pool
+    attach(dit, SPEC, 2)
+    fixed.begin()
+    second = fixed.pool
+    fixed.begin()
+    assert first != second == fixed.pool
