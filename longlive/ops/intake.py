@@ -7,7 +7,7 @@ branches do), and so is every layer where gradients are recorded or code is trac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -46,14 +46,14 @@ class Rows:
         return quantised_rows(x)
 
     def of_gelu(self, x: torch.Tensor) -> RowFP8:
-        """The rows of GELU (tanh form) of x."""
+        """The rows of GELU (tanh form) of x, in float32."""
         from .triton_available import fused_fp8
 
         if fused_fp8(x) and fuses(x):
             from .triton_rows import gelu_rows_fused
 
             return gelu_rows_fused(x)
-        return quantised_rows(F.gelu(x, approximate="tanh"))
+        return replace(quantised_rows(F.gelu(x.to(torch.float32), approximate="tanh")), dtype=x.dtype)
 
 
 @dataclass(frozen=True)

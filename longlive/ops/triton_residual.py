@@ -1,6 +1,7 @@
 """One pass over a token's features: add a gated branch, normalise the sum, modulate it. (`residual` says when, and is the reference.)
 
-A program is a token. Sums and statistics are float32; the stored sum is what is normalised, as in the reference.
+A program is a token. Sums and statistics are float32; the stored sum is what is normalised, as in the reference. FP8 rows are made of the norm in float32: one
+rounding less than in the reference.
 
 Legend: N tokens of a sample, S tokens of a group, D features.
 """
@@ -12,40 +13,60 @@ import triton
 import triton.language as tl
 
 from .fp8 import RowFP8
-from .triton_rows import store_row
+from .triton_rows import load_row, row_tiles, store_rows, store_tile
+
+
+@triton.jit
+def sum_row(tiles):
+    total = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        total += tiles[i]
+    return tl.sum(total, 0)
 
 
 @triton.jit
 def fused_residual_norm(
     x, y, out, normed, gate, scale, shift, tokens, group, gate_b, gate_g, mod_b, mod_g, eps,
-    row_scales, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATE: tl.constexpr, ROWS: tl.constexpr,
+    row_scales, D: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     sample, level = row // tokens, (row % tokens) // group
-    col = tl.arange(0, BLOCK)
-    inside = col < D
-    v = tl.load(x + row * D + col, mask=inside, other=0.0).to(tl.float32)
+    given, tiles = load_row(x + row * D, D, TILE), ()
     if ADD:
-        branch = tl.load(y + row * D + col, mask=inside, other=0.0).to(tl.float32)
+        branch = load_row(y + row * D, D, TILE)
         if GATE:
-            branch *= tl.load(gate + sample * gate_b + level * gate_g + col, mask=inside, other=0.0).to(tl.float32)
-        total = (v + branch).to(out.dtype.element_ty)
-        tl.store(out + row * D + col, total, mask=inside)
-        v = total.to(tl.float32)
+            gates = load_row(gate + sample * gate_b + level * gate_g, D, TILE)
+    if NORM:  # loaded before the sums are waited for
+        factors, terms = load_row(scale + sample * mod_b + level * mod_g, D, TILE), load_row(shift + sample * mod_b + level * mod_g, D, TILE)
+    for i in tl.static_range(len(given)):
+        v = given[i].to(tl.float32)
+        if ADD:
+            added = branch[i].to(tl.float32)
+            if GATE:
+                added *= gates[i].to(tl.float32)
+            total = (v + added).to(out.dtype.element_ty)
+            store_tile(out + row * D, total, i, D, TILE)
+            v = total.to(tl.float32)
+        tiles = tiles + (v,)
     if NORM:
-        mean = tl.sum(v, 0) / D
-        centred = tl.where(inside, v - mean, 0.0)
-        h = centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-        at = sample * mod_b + level * mod_g + col
-        factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
-        if MODULATE:
-            factor += 1.0
-        h = h * factor + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
+        mean = sum_row(tiles) / D
+        centred, squares = (), ()
+        for i in tl.static_range(len(tiles)):
+            c = tl.where(i * TILE + tl.arange(0, TILE) < D, tiles[i] - mean, 0.0)
+            centred, squares = centred + (c,), squares + (c * c,)
+        rate = tl.rsqrt(sum_row(squares) / D + eps)
+        rows = ()
+        for i in tl.static_range(len(centred)):
+            factor = factors[i].to(tl.float32)
+            if MODULATE:
+                factor += 1.0
+            h = centred[i] * rate * factor + terms[i].to(tl.float32)
+            if ROWS:
+                rows = rows + (h,)
+            else:
+                store_tile(normed + row * D, h.to(normed.dtype.element_ty), i, D, TILE)
         if ROWS:
-            h = tl.where(inside, h, 0.0).to(out.dtype.element_ty).to(tl.float32)
-            store_row(h, inside, normed, row_scales, row, col, D)
-        else:
-            tl.store(normed + row * D + col, h.to(normed.dtype.element_ty), mask=inside)
+            store_rows(rows, normed, row_scales, row, D, TILE, False)
 
 
 def residual_norm(
@@ -59,7 +80,7 @@ def residual_norm(
     modulated: bool,
     rows: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | RowFP8 | None]:
-    """(x + gate * y, its layer norm times scale plus shift; with `rows` that is rounded to the dtype of x and then made FP8 rows).
+    """(x + gate * y, its layer norm times scale plus shift; with `rows` as FP8 rows).
 
     `modulated`: scale and shift are [B, G, D] and scale counts from 1; else they are [D]. Without `y_BND` the sum is x, without `scale` there is no norm.
     """
@@ -81,8 +102,8 @@ def residual_norm(
     fused_residual_norm[(B * N,)](
         x, x if y_BND is None else y_BND.contiguous(), out, out if normed is None else normed, x if gate is None else gate,
         x if scale is None else scale, x if shift is None else shift, N, N // groups, gate_b, gate_g, mod_b, mod_g, eps,
-        row_scales, D=D, BLOCK=triton.next_power_of_2(D), ADD=y_BND is not None, GATE=gate is not None, NORM=normed is not None, MODULATE=modulated, ROWS=rows,
-        num_warps=8 if D > 1024 else 4,
+        row_scales, D=D, ADD=y_BND is not None, GATE=gate is not None, NORM=normed is not None, MODULATE=modulated, ROWS=rows,
+        **row_tiles(D),
     )  # fmt: skip
     return out, RowFP8(normed, row_scales, x.dtype) if rows else normed
 

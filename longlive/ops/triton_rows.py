@@ -1,6 +1,7 @@
 """FP8 with one scale a row, in one pass over a row; with the GELU before it, where a product's output goes into the next product.
 
-A program is a row. The numbers are those of `fp8.quantise_rows`; the GELU is rounded to the type of `x` before it is quantised, as in the reference.
+A program is a row, in registers as tiles of a power of two values, since rows are seldom a power of two long. Without GELU the numbers are those of
+`fp8.quantise_rows`. What is quantised of the GELU is its float32.
 
 Legend: M rows, K values of a row.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from .fp8 import RowFP8
 
@@ -21,28 +23,85 @@ def saturated(v):
 
 
 @triton.jit
-def store_row(v, inside, codes, scales, row, col, K: tl.constexpr):
-    """Quantises the float32 row `v` (0 outside): E4M3 bits to `codes`, its scale to `scales`. Infinity or NaN: scale NaN, codes 0."""
-    size = tl.abs(v)
-    broken = tl.max((size > 3.4028234663852886e38).to(tl.int32) + (v != v).to(tl.int32), 0) > 0
-    amax = tl.max(size, 0)
-    scale = tl.where(amax == 0.0, 1.0, tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38))
-    scaled = saturated(tl.div_rn(v, scale))
-    bits = tl.where(broken, 0.0, scaled).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    tl.store(codes + row * K + col, bits, mask=inside)
-    tl.store(scales + row, tl.where(broken, float("nan"), scale))
+def larger(a, b):
+    """The larger of two; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def fused_rows(x, codes, scales, stride, K: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def load_row(x, K: tl.constexpr, TILE: tl.constexpr):
+    """The K values at `x` as tiles, in their own type; 0 beyond K."""
+    tiles = ()
+    for start in tl.static_range(0, K, TILE):
+        col = start + tl.arange(0, TILE)
+        if start + TILE <= K:
+            tiles = tiles + (tl.load(x + col),)
+        else:
+            tiles = tiles + (tl.load(x + col, mask=col < K, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_tile(x, tile, i: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
+    """Tile `i` of the row at `x`."""
+    col = i * TILE + tl.arange(0, TILE)
+    if (i + 1) * TILE <= K:
+        tl.store(x + col, tile)
+    else:
+        tl.store(x + col, tile, mask=col < K)
+
+
+@triton.jit
+def store_rows(tiles, codes, scales, row, K: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr):
+    """Quantises a row, given as float32 tiles that are 0 beyond K: E4M3 bits to `codes`, its scale to `scales`. Infinity or NaN: scale NaN, codes 0.
+
+    Quotients are products with the inverse of the scale; `EXACT` mends their last bit (by their remainder), so that ties fall as in a division.
+    """
+    size = tl.abs(tiles[0])
+    for i in tl.static_range(1, len(tiles)):
+        size = larger(size, tl.abs(tiles[i]))
+    amax = tl.reduce(size, 0, larger)
+    whole = amax <= 3.4028234663852886e38
+    scale = tl.where(amax == 0.0, 1.0, tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38))
+    inverse = tl.div_rn(1.0, scale)
+    codes += row * K
+    kept = tl.where(whole, K, 0)
+    for i in tl.static_range(len(tiles)):
+        quotient = tiles[i] * inverse
+        if EXACT:
+            quotient = tl.fma(tl.fma(-quotient, scale, tiles[i]), inverse, quotient)
+        bits = quotient.to(tl.float8e4nv).to(tl.uint8, bitcast=True)  # at most 448 by the choice of the scale
+        col = i * TILE + tl.arange(0, TILE)
+        tl.store(codes + col, bits, mask=col < kept)
+    tl.store(scales + row, tl.where(whole, scale, float("nan")))
+    if not whole:
+        for i in tl.static_range(len(tiles)):
+            store_tile(codes, tl.zeros([TILE], tl.uint8), i, K, TILE)
+
+
+@triton.jit
+def gelu(v):
+    """v (1 + tanh(u)) / 2 = v / (1 + exp(-2 u)) with u = sqrt(2 / pi) (v + 0.044715 v^3); the constants hold -2 log2(e) too."""
+    power = v * (-2.302208198 - 0.1029432397 * v * v)
+    return libdevice.fast_dividef(v, 1.0 + libdevice.exp2(power))
+
+
+@triton.jit
+def fused_rows(x, codes, scales, stride, K: tl.constexpr, TILE: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
-    inside = col < K
-    v = tl.load(x + row * stride + col, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        twice = 1.5957691216057308 * (v + 0.044715 * v * v * v)  # 2 sqrt(2 / pi) (v + ...): (1 + tanh(u)) / 2 = sigmoid(2 u)
-        v = (v * tl.sigmoid(twice)).to(x.dtype.element_ty).to(tl.float32)
-    store_row(v, inside, codes, scales, row, col, K)
+    given, tiles = load_row(x + row * stride, K, TILE), ()
+    for i in tl.static_range(len(given)):
+        v = given[i].to(tl.float32)
+        if GELU:
+            v = gelu(v)
+        tiles = tiles + (v,)
+    store_rows(tiles, codes, scales, row, K, TILE, not GELU)
+
+
+def row_tiles(K: int) -> dict[str, int]:
+    """How a program takes a row: tiles of 16 bytes (of a 2-byte type) a thread, and few enough threads that several rows are on their way at once."""
+    tile = max(32, min(triton.next_power_of_2(K), 1024 if K <= 4096 else 2048))
+    return {"TILE": tile, "num_warps": max(1, tile // 256)}
 
 
 def _rows(x: torch.Tensor, gelu: bool) -> RowFP8:
@@ -51,8 +110,7 @@ def _rows(x: torch.Tensor, gelu: bool) -> RowFP8:
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=x.device)
     scales = torch.empty(len(flat), 1, dtype=torch.float32, device=x.device)
-    warps = 16 if K > 8192 else 8 if K > 1024 else 4
-    fused_rows[(len(flat),)](flat, codes, scales, flat.stride(0), K=K, BLOCK=triton.next_power_of_2(K), GELU=gelu, num_warps=warps, enable_fp_fusion=gelu)
+    fused_rows[(len(flat),)](flat, codes, scales, flat.stride(0), K=K, GELU=gelu, **row_tiles(K))
     return RowFP8(codes.reshape(x.shape), scales.reshape(*x.shape[:-1], 1), x.dtype)
 
 
@@ -62,5 +120,5 @@ def quantise_rows_fused(x: torch.Tensor) -> RowFP8:
 
 
 def gelu_rows_fused(x: torch.Tensor) -> RowFP8:
-    """The same of GELU (tanh form) of x."""
+    """The same of the float32 GELU (tanh form) of x."""
     return _rows(x, True)
