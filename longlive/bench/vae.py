@@ -17,7 +17,7 @@ import torch
 
 from ..core.geometry import CHUNK_FRAMES, Geometry
 from ..engine.decode import Inline
-from ..models.vae_fp8 import Fp8Conv
+from ..models.vae_fp8 import Fp8DoublingConv, Fp8Weight
 from ..models.wan_vae import DoublingConv, WholeFrame
 from ..ops.frames import norm_silu
 from .fused import device_rates
@@ -56,9 +56,9 @@ class Timed(WholeFrame):
         self.device, self.spans = device, {}
 
     def convolve(self, conv, x_BTHWC: torch.Tensor, **options) -> torch.Tensor:
-        doubling = isinstance(conv, DoublingConv)
+        doubling = isinstance(conv, (DoublingConv, Fp8DoublingConv))
         outputs, inputs, *size = conv.sizes
-        kind = "doubling " if doubling else "fp8 " if isinstance(conv, Fp8Conv) else ""
+        kind = ("fp8 " if isinstance(conv, Fp8Weight) else "") + ("doubling " if doubling else "")
         name = f"{kind}{'x'.join(map(str, size))} {inputs}->{outputs} on {_size(x_BTHWC)}"
         y = self._timed(name, lambda: WholeFrame.convolve(self, conv, x_BTHWC, **options))
         positions = y[..., 0].numel()

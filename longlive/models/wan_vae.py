@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.geometry import TEMPORAL_STRIDE, latent_frames
+from ..ops import conv_doubling, conv_narrow
 from ..ops.frames import (
     PATCH, Beside, adds_bias, from_patches, interleave, norm_silu, paired, patches_to_bytes, plain_cpu, residual_add, rms, to_patches,
 )  # fmt: skip
@@ -26,6 +27,7 @@ from .spec import VAEDims
 
 PAST = 2
 VECTOR = 8
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # of convolution kernels, by dimensions
 
 
 class VAEState(NamedTuple):
@@ -154,6 +156,9 @@ class Conv(nn.Module):
 
     def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int], *, bias: bool = True) -> Tensor:
         """The bare convolution with symmetric zero padding `pad` = (rows, columns)."""
+        if not bias and conv_narrow.fits(x_BTHWC, self.weight, self.stride, pad):
+            rows = self._made("columns", lambda: conv_narrow.tap_rows(self.weight))
+            return conv_narrow.convolution(x_BTHWC, rows, len(self.weight), pad[0])
         added, weight = (self.bias, self.weight) if bias else (None, self._whole_vectors())
         if weight[0, 0].numel() == 1:
             y = F.linear(x_BTHWC, weight.flatten(1), added)
@@ -172,13 +177,13 @@ class Conv(nn.Module):
         return self._made("whole", lambda: torch.cat([self.weight, self.weight.new_zeros(more, *self.weight.shape[1:])]))
 
     def _made(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What was made of the weight, channels-last, kept for as long as the weight is the same. Made each time where gradients or a compiler want it so."""
+        """What was made of the weight, kept channels-last for as long as the weight is the same. Made each time where gradients or a compiler want it so."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference():
             return make()
         stamp = (name, self.weight.data_ptr(), self.weight._version, self.weight.dtype)
         if self._kept is None or self._kept[0] != stamp:
             made = make()
-            self._kept = stamp, made.contiguous(memory_format=torch.channels_last if made.dim() == 4 else torch.channels_last_3d)
+            self._kept = stamp, made.contiguous(memory_format=FORMATS.get(made.dim(), torch.contiguous_format))
         return self._kept[1]
 
 
@@ -191,24 +196,19 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[in
 
 
 class DoublingConv(Conv):
-    """Each pixel doubled in both directions, then a 3x3 convolution: done on the small grid, 4 taps instead of 9.
-
-    Of the three rows that an output row reads, two are the same source row, so their taps add up: output row 2h + j reads source rows h + j - 1 and
-    h + j, with taps (w0, w1 + w2) for j = 0 and (w0 + w1, w2) for j = 1; columns likewise. One 2x2 convolution computes the four phases (j, k).
-    """
+    """Each pixel doubled in both directions, then a 3x3 convolution: done on the small grid, 4 taps instead of 9 (`ops.conv_doubling`)."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, (3, 3))
 
     def phases(self) -> Tensor:
-        """[4 O, I, 2, 2]: the taps of phase (j, k), j slower. Sums are formed in at least float32."""
-        w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        rows = torch.stack([torch.stack([w[:, :, 0], w[:, :, 1] + w[:, :, 2]], 2), torch.stack([w[:, :, 0] + w[:, :, 1], w[:, :, 2]], 2)])
-        left, right = torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], -1), torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], -1)
-        return torch.stack([left, right], 1).flatten(0, 2).to(self.weight.dtype)
+        """[4 O, I, 2, 2]: one 2x2 convolution computes the four phases."""
+        return conv_doubling.phases(self.weight)
 
     def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int], *, beside: Beside | None = None) -> Tensor:
         """Plus the doubled `beside`."""
+        if conv_doubling.fits(x_BTHWC, self.weight, pad, beside):
+            return conv_doubling.doubled(x_BTHWC, self._made("taps", lambda: conv_doubling.tap_rows(self.phases())), self.bias, beside)
         apart = adds_bias(x_BTHWC, self.weight)
         bias = None if apart else self.bias.repeat(4)
         y = convolution(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2), self._made("phases", self.phases), bias, (1, 1), pad).permute(0, 2, 3, 1)
@@ -444,9 +444,8 @@ class WanVAE(nn.Module):
 
 def channels_last(module: nn.Module) -> None:
     """Lays convolution kernels out as the VAE's activations are, in place, so that no call converts them."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous(memory_format=formats.get(parameter.dim(), torch.contiguous_format))
+        parameter.data = parameter.data.contiguous(memory_format=FORMATS.get(parameter.dim(), torch.contiguous_format))
 
 
 def check_clip(dims: VAEDims, frames: int, height: int, width: int, *, start: bool) -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from kernels_here import DEVICE, GPU_ONLY, INTERPRETED, MARKS, apart, random
 
 from longlive.ops import conv_fp8
+from longlive.ops.fp8 import to_e4m3
 from longlive.ops.frames import norm_silu
 from longlive.ops.triton_available import fp8_tiles_lack
 
@@ -34,7 +35,7 @@ def test_codes_of_the_norm(batch, frames, rows, columns, channels, biased):
     if INTERPRETED:  # the interpreter rounds what should become the next power of two down by half
         assert apart(inner, truth) < 0.2
     else:
-        assert apart(inner, truth) < 0.03 and ((inner - truth).abs() <= truth.abs() / 15 + 2**-9).all()
+        assert apart(inner, truth) < 1.02 * apart(to_e4m3(truth), truth) and ((inner - truth).abs() <= truth.abs() / 15 + 2**-9).all()
     border = found[:, 2:].clone()
     border[:, :, 1:-1, 1:-1] = 0
     assert (border == 0).all()

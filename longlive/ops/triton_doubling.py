@@ -1,0 +1,136 @@
+"""Doubling of rows and columns with its 3x3 convolution, in one kernel: a matrix product over the four taps of one phase per tile of the small grid.
+
+The copy engine gives zeros around the frame, so that nothing is padded, and the tile goes straight to every second pixel of the large frame, with scale, bias
+and the stage's doubled input added before the only rounding. Operands are bfloat16 or float16, or e4m3 codes with scales. (`conv_doubling` says when.)
+
+Legend: N = B * T frames, H W rows and columns of the small grid, C channels in, O or OUT channels out, phase = 2 j + k for row 2h + j and column 2w + k.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .triton_conv import _halves
+from .triton_narrow import tile
+from .triton_rows import saturated
+
+VALUES = 4096  # of a program that reads and writes only
+
+
+@triton.jit
+def _place(
+    acc, f, phase, row, place, chosen, inside, first, x_scales, w_scales, bias, beside, out,
+    OUT: tl.constexpr, PART: tl.constexpr, STEP: tl.constexpr, SCALED: tl.constexpr, BESIDE: tl.constexpr,
+):  # fmt: skip
+    """Scales, bias and shortcut of the columns from `first` of a tile, and the way to memory. The shortcut takes one channel of every STEP, `chosen`."""
+    col = first + tl.arange(0, PART)
+    if SCALED:
+        acc *= tl.load(x_scales + f) * tl.load(w_scales + phase * OUT + col)[None, :]
+    acc += tl.load(bias + col).to(tl.float32)[None, :]
+    if BESIDE:
+        channel = STEP * first + tl.arange(0, STEP * PART)
+        v = tl.load(beside + place[:, None] * (STEP * OUT) + channel[None, :], mask=inside[:, None], other=0.0)
+        if STEP == 2:
+            even, odd = tl.split(tl.reshape(v, (v.shape[0], PART, 2)))
+            v = tl.where(chosen == 0, even, odd)
+        acc += v.to(tl.float32)
+    tl.store(out + row[:, None] * OUT + col[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def fused_doubling_convolution(
+    x_tiles, w_rows, x_scales, w_scales, bias, beside, out, frames, frames_beside, lost, H, W,
+    C: tl.constexpr, OUT: tl.constexpr, TIME: tl.constexpr, STEP: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr, BESIDE: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(1)
+    blocks: tl.constexpr = OUT // BN
+    n, phase, at = tl.program_id(0) % blocks * BN, tl.program_id(0) // blocks % 4, tl.program_id(0) // (4 * blocks)
+    across = tl.cdiv(W, BW)
+    j, k = phase // 2, phase % 2
+    h0, w0 = at // across * BH, at % across * BW
+    acc = tl.zeros([BH * BW, BN], dtype=tl.float32)
+    for s in range(4 * (C // BK)):
+        tap, c = s // (C // BK), s % (C // BK) * BK
+        x = x_tiles.load([f, h0 + j + tap // 2 - 1, w0 + k + tap % 2 - 1, c]).reshape(BH * BW, BK)
+        acc = tl.dot(x, w_rows.load([(4 * tap + phase) * OUT + n, c]).T, acc)
+    p = tl.arange(0, BH * BW)
+    h, w = h0 + p // BW, w0 + p % BW
+    inside = (h < H) & (w < W)
+    row = (f.to(tl.int64) * (2 * H) + 2 * h + j) * (2 * W) + 2 * w + k
+    t = f % frames + lost
+    place = ((f // frames * frames_beside + t // TIME).to(tl.int64) * H + h) * W + w
+    chosen = (4 * (t % TIME) + phase) * STEP // (4 * TIME)
+    part: tl.constexpr = BN // 4
+    left, right = _halves(acc, BH * BW, BN)
+    one, two = _halves(left, BH * BW, BN // 2)
+    _place(one, f, phase, row, place, chosen, inside, n, x_scales, w_scales, bias, beside, out, OUT, part, STEP, SCALED, BESIDE)
+    _place(two, f, phase, row, place, chosen, inside, n + part, x_scales, w_scales, bias, beside, out, OUT, part, STEP, SCALED, BESIDE)
+    one, two = _halves(right, BH * BW, BN // 2)
+    _place(one, f, phase, row, place, chosen, inside, n + 2 * part, x_scales, w_scales, bias, beside, out, OUT, part, STEP, SCALED, BESIDE)
+    _place(two, f, phase, row, place, chosen, inside, n + 3 * part, x_scales, w_scales, bias, beside, out, OUT, part, STEP, SCALED, BESIDE)
+
+
+@triton.jit
+def fused_frame_sizes(x, sizes, values, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+    frame = tl.program_id(1)
+    largest = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in tl.static_range(ROUNDS):
+        at = (tl.program_id(0) * ROUNDS + i) * BLOCK + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(x + frame.to(tl.int64) * values + at, mask=at < values, other=0.0).to(tl.float32)))
+    tl.atomic_max(sizes + frame, tl.max(largest, 0))
+
+
+@triton.jit
+def fused_frames_fp8(x, sizes, codes, scales, values, BLOCK: tl.constexpr):
+    frame = tl.program_id(1)
+    size = tl.load(sizes + frame)
+    scale = tl.where(size == 0.0, 1.0, tl.maximum(tl.div_rn(size, 448.0), 1.1754943508222875e-38))
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = frame.to(tl.int64) * values + at
+    v = tl.load(x + place, mask=at < values, other=0.0).to(tl.float32)
+    tl.store(codes + place, saturated(tl.div_rn(v, scale)).to(codes.dtype.element_ty), mask=at < values)
+    tl.store(scales + frame, scale, mask=tl.program_id(0) == 0)
+
+
+def quantise_frames(x_NHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 codes [N, H, W, C], scales float32 [N])"""
+    x = x_NHWC.contiguous()
+    N, values = len(x), x[0].numel()
+    sizes, scales = torch.zeros(N, dtype=torch.float32, device=x.device), torch.empty(N, dtype=torch.float32, device=x.device)
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    fused_frame_sizes[(triton.cdiv(values, 8 * VALUES), N)](x, sizes, values, ROUNDS=8, BLOCK=VALUES)
+    fused_frames_fp8[(triton.cdiv(values, VALUES), N)](x, sizes, codes, scales, values, BLOCK=VALUES)
+    return codes, scales
+
+
+def doubled(
+    x_NHWC: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    beside: tuple[torch.Tensor, int, int, int] | None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """[N, 2H, 2W, O] in bias's dtype from x and `conv_doubling.tap_rows` [16 O, C], plus bias, plus `beside` as in `triton_frames.interleave`.
+
+    `scales`: of the frames [N] and of the rows of one tap [4 O], where x and rows are codes.
+    """
+    x = x_NHWC.contiguous()
+    N, H, W, C = x.shape
+    outputs = len(rows) // 16
+    out = torch.empty(N, 2 * H, 2 * W, outputs, dtype=bias.dtype, device=x.device)
+    other, frames, time, lost = (out, N, 1, 0) if beside is None else beside
+    other = other.contiguous()
+    bm, bn, bk = 128, next(size for size in (256, 128, 64) if outputs % size == 0), 128 // x.element_size()
+    bk = bk if C % bk == 0 else 64
+    bh, bw = tile(H, W, bm)
+    x_scales, w_scales = (bias, bias) if scales is None else scales
+    fused_doubling_convolution[(triton.cdiv(H, bh) * triton.cdiv(W, bw) * (4 * outputs // bn), N)](
+        TensorDescriptor.from_tensor(x, [1, bh, bw, bk]), TensorDescriptor.from_tensor(rows, [bn, bk]), x_scales, w_scales, bias, other, out,
+        frames, other.shape[1], lost, H, W, C=C, OUT=outputs, TIME=time, STEP=other.shape[-1] // outputs, BH=bh, BW=bw, BN=bn, BK=bk,
+        SCALED=scales is not None, BESIDE=beside is not None, num_warps=8, num_stages=4,
+    )  # fmt: skip
+    return out
