@@ -1,6 +1,7 @@
 """Each fused operation against its torch reference and against its floor, at the sizes of a chunk.
 
-The reference is what runs where a gradient is wanted: the same call on an input that wants one. Floors come from the bytes that must be read and written, over
+The reference is what runs where a gradient is wanted: the same call on an input that wants one. On a GPU a graph of the calls is timed, as generation runs
+them, since the host takes longer to launch a small kernel than a GPU to run it. Floors come from the bytes that must be read and written, over
 the card's measured copy rate, and from multiplications, over its measured matrix rate. (Errors are a matter of tests/gpu.)
 
 Legend: B = 1, N tokens of a chunk, D features, H heads, d head features, F latent frames.
@@ -19,15 +20,19 @@ import torch
 from ..core.geometry import CHUNK_FRAMES, Geometry
 from ..models.spec import DiTDims, model_spec
 from ..ops.attention import attention
+from ..ops.fp8_matmul import quantised_rows
 from ..ops.heads import Heads, norm_rope_write
+from ..ops.intake import Rows
 from ..ops.linear import joint_linear, lay_side_by_side, linear_gelu
 from ..ops.norm import rms_norm
 from ..ops.residual import add_gated, add_norm, add_norm_modulate, norm_modulate
 from ..ops.text_attention import text_attention
+from ..precision.linear import Fp8Linear
 from .record import Record, surroundings
 from .timing import timed
 
 SETS = 3  # of inputs, in turn
+ROUNDS = 4  # over all of them, in a measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ def bench_fused(settings: FusedSettings, path: Path | None, report: Callable[[st
     size = Geometry(settings.height or spec.height, settings.width or spec.width)
     tokens = CHUNK_FRAMES * size.frame_tokens
     rates = device_rates(device)
-    timed_what = "one call; median of the repeats, each of enough calls; inputs rotate among three sets"
+    timed_what = "one call, on a GPU from a recorded graph; median of the repeats, each of enough calls; inputs rotate among three sets"
     head = {"benchmark": "ops fused", "surroundings": surroundings(device, 1), "settings": vars(settings), "rates": rates, "timed": timed_what}
     record = Record(path, head)
     for name, value in {**head["surroundings"], **rates, "tokens": tokens}.items():
@@ -139,6 +144,18 @@ def cases(dims: DiTDims, text: int, device: torch.device) -> list[Case]:
         x = random(1, tokens, D, dtype=dtype)
         return Work(lambda x: joint_linear(x, *layers), x, 4 * x.nbytes + 6 * D * D, 6.0 * tokens * D * D)
 
+    def rows(width: int, make: Callable[[torch.Tensor], object]):
+        def run(tokens: int, dtype: torch.dtype):
+            x = random(1, tokens, width, dtype=dtype)
+            return Work(make, x, x.nbytes + x.numel())
+
+        return run
+
+    def norm_rows(tokens: int, dtype: torch.dtype):
+        x, reader = random(1, tokens, D, dtype=dtype), Fp8Linear.of(random(16, D, dtype=dtype), None)
+        shift, scale = random(2, 1, CHUNK_FRAMES, D, dtype=dtype, like=0.5)
+        return Work(lambda x: norm_modulate(x, shift, scale, 1e-6, (reader,)), x, x.nbytes + x.numel())
+
     def read_text(tokens: int, dtype: torch.dtype):
         q = random(1, tokens, dims.heads, d, dtype=dtype)
         k, v = random(2, 1, text, dims.heads, d, dtype=dtype)
@@ -153,6 +170,9 @@ def cases(dims: DiTDims, text: int, device: torch.device) -> list[Case]:
         Case("gate, add", residual(True, True, None)),
         Case("rms q k, rotate, write page", write),
         Case("rms", rms),
+        Case("fp8 rows", rows(D, quantised_rows), reference=False),
+        Case("gelu, fp8 rows", rows(dims.ffn, Rows().of_gelu), reference=False),
+        Case("norm, modulate, fp8 rows", norm_rows, reference=False),
         Case("q k v joined", joint),
         Case("linear + gelu", gelu),
     ]
@@ -200,15 +220,15 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _measure(case: Case, tokens: int, device: torch.device, rates: dict[str, float], repeats: int) -> dict:
-    sets = [case.make(tokens, _dtype(device)) for _ in range(SETS)]
+    sets = [case.make(tokens, _dtype(device)) for _ in range(SETS)] * ROUNDS
     moved, operations = sets[0].moved, sets[0].operations
     floor = max(moved / rates["bytes_per_second"], operations / rates["operations_per_second"])
-    fused = _seconds(lambda: _each(sets, False), device, repeats) / SETS
+    fused = _seconds(lambda: _each(sets, False), device, repeats) / len(sets)
     entry = {"microseconds": 1e6 * fused, "floor_microseconds": 1e6 * floor, "of_floor": floor / fused}
     if case.reference:
         for work in sets:
             work.x.requires_grad_()
-        entry["reference_microseconds"] = 1e6 * _seconds(lambda: _each(sets, True), device, max(3, repeats // 4)) / SETS
+        entry["reference_microseconds"] = 1e6 * _seconds(lambda: _each(sets, True), device, max(3, repeats // 4)) / len(sets)
         entry["times_reference"] = entry["reference_microseconds"] / entry["microseconds"]
     if operations:
         entry["tflops"] = operations / fused / 1e12
@@ -222,7 +242,14 @@ def _each(sets: list[Work], gradients: bool) -> None:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of `work`, recorded on a GPU."""
     work()
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        work = graph.replay
+        work()
     return median(timed(work, device)[1] for _ in range(repeats))
 
 

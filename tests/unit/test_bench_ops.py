@@ -18,13 +18,14 @@ CPU = torch.device("cpu")
 def test_every_operation_of_a_block_has_a_floor(tmp_path):
     path, lines = tmp_path / "fused.json", []
     entries = bench_fused(FusedSettings(model="tiny", height=32, width=32, repeats=1), path, lines.append, device=CPU)
-    assert len(entries) == 14 and json.loads(path.read_text())["cases"] == entries
+    assert len(entries) == 17 and json.loads(path.read_text())["cases"] == entries
     tokens, dim = 8, 256
     rates = json.loads(path.read_text())["rates"]
     by_name = {entry["operation"]: entry for entry in entries}
     gate = by_name["gate, add, norm"]
     assert gate["floor_microseconds"] == pytest.approx(1e6 * 4 * tokens * dim * 4 / rates["bytes_per_second"])  # two in, two out, float32
     assert gate["of_floor"] == pytest.approx(gate["floor_microseconds"] / gate["microseconds"]) and gate["times_reference"] > 0
+    assert by_name["gelu, fp8 rows"]["floor_microseconds"] == pytest.approx(1e6 * 5 * tokens * 1024 / rates["bytes_per_second"])  # a code for a float32
     assert "tflops" in by_name["q k v joined"] and "reference_microseconds" not in by_name["linear 256 -> 256"]
 
 
