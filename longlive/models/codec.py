@@ -10,6 +10,7 @@ Pixels are [B,3,T,H,W] in [-1,1]; latents [B,F,C,H/16,W/16] float32. Normalisati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class VideoCodec:
 
     `mean_KC`, `std_KC` are [K, C] (a plain [C] counts as K = 1). `group` is the number of latent frames per decoder call: small groups stay in the cache of
     a CPU and bound the memory; the result does not depend on it. 0 = all at once, on a GPU as many as its convolutions take in one piece
-    (`decoder_frames`). Groups are used only where gradients are off.
+    (`decoder_frames`), and a stream's first by itself, so that it is seen soon. Groups are used only where gradients are off.
     """
 
     def __init__(self, vae: WanVAE, mean_KC: Tensor, std_KC: Tensor, *, group: int = 0):
@@ -120,26 +121,32 @@ class VideoCodec:
         return self._groups(self.vae.decode, state, z_BFCHW)
 
     def byte_groups(self, state: CodecState | None, z_BFCHW: Tensor) -> Iterator[tuple[CodecState, Tensor]]:
-        """Like `decode_groups`, as uint8 [B,T,H,W,3]."""
-        return self._groups(self.vae.decode_bytes, state, z_BFCHW)
+        """Like `decode_groups`, as uint8 [B,T,H,W,3]. Each state takes the memory of the one before, which is then void: clone one that is to be kept."""
+        return self._groups(partial(self.vae.decode_bytes, reuse=True), state, z_BFCHW)
 
     def _groups(self, decode: Callable, state: CodecState | None, z_BFCHW: Tensor) -> Iterator[tuple[CodecState, Tensor]]:
         frames = z_BFCHW.shape[1]
         if frames == 0:
             raise InputError("0 latent frames cannot be decoded; give at least one")
-        step = self._step(z_BFCHW)
-        for at in range(0, frames, step):
-            z = z_BFCHW[:, at : at + step]
+        at, step = 0, self._step(z_BFCHW)
+        while at < frames:
+            z = z_BFCHW[:, at : at + (1 if state is None and self._automatic else step)]
+            at += z.shape[1]
             pixels, left = decode(self._to_vae(z, state is None), None if state is None else state.vae)
             state = CodecState(left, (0 if state is None else state.latents) + z.shape[1])
             yield state, pixels
+
+    @property
+    def _automatic(self) -> bool:
+        """Whether the number of latent frames per call is the codec's own choice."""
+        return self.device.type == "cuda" and not self.group and not torch.is_grad_enabled()
 
     def _step(self, z_BFCHW: Tensor) -> int:
         """Latent frames per call of the decoder."""
         B, frames, _, H, W = z_BFCHW.shape
         if torch.is_grad_enabled():
             return frames
-        if self.device.type == "cuda" and not self.group:
+        if self._automatic:
             return min(frames, decoder_frames(self.vae.dims, B * H * W))
         return min(frames, self.group) or frames
 

@@ -70,11 +70,11 @@ WHOLE_FRAME = WholeFrame()
 class Walk:
     """One pass over a piece of a stream: hands each temporal layer what the piece before left, and collects what this one leaves.
 
-    `first` is True at the start of a stream. `keep` False leaves nothing (whole clips, training).
+    `first` is True at the start of a stream. `keep` False leaves nothing (whole clips, training). `reuse` writes what is left into the memory of `state`.
     """
 
-    def __init__(self, state: VAEState | None, *, keep: bool, spatial: WholeFrame, pointwise: Callable):
-        self.first, self.spatial, self.pointwise = state is None, spatial, pointwise
+    def __init__(self, state: VAEState | None, *, keep: bool, spatial: WholeFrame, pointwise: Callable, reuse: bool = False):
+        self.first, self.spatial, self.pointwise, self._reuse = state is None, spatial, pointwise, reuse and state is not None
         self._given, self._left, self._at = state, [] if keep else None, 0
 
     def past(self, x_BTHWC: Tensor, frames: int = PAST) -> Tensor:
@@ -90,9 +90,10 @@ class Walk:
         return self._given.caches[self._at - 1]
 
     def leave(self, padded_BTHWC: Tensor, frames: int = PAST) -> Tensor:
-        """Keeps the last `frames` of what the layer read, as a copy (a view would hold the whole activation)."""
+        """Keeps the last `frames` of what the layer read, as a copy (a view would hold the whole activation). Its past has been read by now."""
         if self._left is not None:
-            self._left.append(padded_BTHWC[:, -frames:].clone())
+            last = padded_BTHWC[:, -frames:]
+            self._left.append(self._given.caches[self._at - 1].copy_(last) if self._reuse else last.clone())
         return padded_BTHWC
 
     def extend(self, x_BTHWC: Tensor) -> Tensor:
@@ -428,16 +429,16 @@ class WanVAE(nn.Module):
 
     def decode(self, z_BCFHW: Tensor, state: VAEState | None = None, *, keep: bool = True) -> tuple[Tensor, VAEState | None]:
         """Latents [B,z,F,h,w] (not normalised) -> pixels [B,3,T,16h,16w], not clamped, and the state. T = 4F, less 3 at the start of a stream."""
-        x_BTHWC, bias, state = self._patches(z_BCFHW, state, keep)
+        x_BTHWC, bias, state = self._patches(z_BCFHW, state, keep, False)
         return from_patches(x_BTHWC if bias is None else x_BTHWC + bias), state
 
-    def decode_bytes(self, z_BCFHW: Tensor, state: VAEState | None = None, *, keep: bool = True) -> tuple[Tensor, VAEState | None]:
-        """Like `decode`, but the pixels are uint8 [B,T,16h,16w,3]."""
-        x_BTHWC, bias, state = self._patches(z_BCFHW, state, keep)
+    def decode_bytes(self, z_BCFHW: Tensor, state: VAEState | None = None, *, keep: bool = True, reuse: bool = False) -> tuple[Tensor, VAEState | None]:
+        """Like `decode`, but the pixels are uint8 [B,T,16h,16w,3]. With `reuse` the new state takes the memory of `state`, which is then void."""
+        x_BTHWC, bias, state = self._patches(z_BCFHW, state, keep, reuse)
         return patches_to_bytes(x_BTHWC, bias), state
 
-    def _patches(self, z_BCFHW: Tensor, state: VAEState | None, keep: bool) -> tuple[Tensor, Tensor | None, VAEState | None]:
-        walk = Walk(state, keep=keep, spatial=self.spatial, pointwise=self.pointwise)
+    def _patches(self, z_BCFHW: Tensor, state: VAEState | None, keep: bool, reuse: bool) -> tuple[Tensor, Tensor | None, VAEState | None]:
+        walk = Walk(state, keep=keep, spatial=self.spatial, pointwise=self.pointwise, reuse=reuse)
         x_BTHWC, bias = self.decoder(self.conv2(z_BCFHW.permute(0, 2, 3, 4, 1).contiguous(), walk), walk)
         return x_BTHWC, bias, walk.state()
 

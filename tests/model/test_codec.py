@@ -52,6 +52,31 @@ def test_streams_and_groups_equal_the_whole(vae, codec, group):
 
 
 @torch.no_grad()
+def test_a_stream_of_bytes_reuses_the_memory_of_its_state(codec):
+    z = torch.randn(1, 6, 48, 1, 2)
+    (first, _), (branch, _) = list(codec.byte_groups(None, z[:, :2]))[-1], list(codec.byte_groups(None, z[:, :2]))[-1]
+    kept, addresses = first.clone(), [cache.data_ptr() for cache in first.vae.caches]
+    state, found = next(codec.byte_groups(first, z[:, 2:4]))
+    assert [cache.data_ptr() for cache in state.vae.caches] == addresses and state.latents == 4
+    right, pixels = codec.stream_decode(branch, z[:, 2:4])
+    assert torch.equal(found, codec.to_uint8(pixels)) and all(map(torch.equal, state.vae.caches, right.vae.caches))
+    assert torch.equal(next(codec.byte_groups(kept, z[:, 2:4]))[1], found)
+    _, rest = next(codec.byte_groups(state, z[:, 4:]))
+    assert torch.equal(rest, codec.to_uint8(codec.stream_decode(right, z[:, 4:])[1]))
+
+
+@torch.no_grad()
+def test_the_first_latent_frame_is_decoded_by_itself_where_the_codec_chooses(codec, monkeypatch):
+    z = torch.randn(1, 6, 48, 1, 2)
+    whole = codec.decode(z)
+    monkeypatch.setattr(VideoCodec, "_automatic", True)
+    groups = list(codec.decode_groups(None, z))
+    assert [pixels.shape[2] for _, pixels in groups] == [1, 20]
+    assert len(list(codec.decode_groups(groups[0][0], z[:, 1:]))) == 1
+    torch.testing.assert_close(torch.cat([pixels for _, pixels in groups], 2), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_stream_encoding_equals_encoding(codec):
     pixels = torch.rand(1, 3, 13, 16, 32) * 2 - 1
     state, first = codec.stream_encode(None, pixels[:, :, :5])
