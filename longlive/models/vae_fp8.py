@@ -49,19 +49,19 @@ class Fp8Conv(Fp8Weight):
         """(O, C, 3, 3, 3), the shape of the weight that was replaced."""
         return self.codes.shape[1], self.codes.shape[2], *KERNEL
 
-    def of_normed(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None = None) -> tuple[Tensor, None]:
-        """As `Conv.of_normed`; nothing is left to add."""
-        return self._convolve(x_BTHWC, gamma, walk, bias, None), None
-
-    def of_normed_beside(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None, beside_BTHWC: Tensor) -> Tensor:
-        return self._convolve(x_BTHWC, gamma, walk, bias, beside_BTHWC)
-
-    def _convolve(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None, beside_BTHWC: Tensor | None) -> Tensor:
+    def activated(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None = None) -> Tensor:
+        """As `Conv.activated`, in codes with a border."""
         if torch.is_grad_enabled() and x_BTHWC.requires_grad:
             raise InputError("a decoder in FP8 gives no gradients; set inference.vae_fp8: false")
         if not walk.spatial.whole:
             raise InputError("a decoder in FP8 works on whole frames; set inference.vae_fp8: false to decode in parts")
-        frames = walk.leave(norm_silu_fp8(x_BTHWC, gamma, walk.before(lambda: empty_past(x_BTHWC)), bias))
+        return walk.leave(norm_silu_fp8(x_BTHWC, gamma, walk.before(lambda: empty_past(x_BTHWC)), bias))
+
+    def apart(self, frames: Tensor, walk: Walk) -> tuple[Tensor, None]:
+        """As `Conv.apart`; nothing is left to add."""
+        return walk.spatial.convolve(self, frames, beside=None), None
+
+    def summed(self, frames: Tensor, walk: Walk, beside_BTHWC: Tensor) -> Tensor:
         return walk.spatial.convolve(self, frames, beside=beside_BTHWC)
 
     def kernel(self, frames: Tensor, pad: tuple[int, int], *, beside: Tensor | None) -> Tensor:

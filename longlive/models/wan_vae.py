@@ -146,13 +146,13 @@ class Conv(nn.Module):
             return self(x_BTHWC, walk), None
         return walk.spatial.convolve(self, x_BTHWC, bias=False), self.bias
 
-    def of_normed(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """`apart` of the SiLU of the norm of x + bias."""
-        return self.apart(walk.activate(x_BTHWC, gamma, bias), walk)
+    def activated(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None = None) -> Tensor:
+        """What `apart` and `summed` convolve: the SiLU of the norm of x + bias, behind its past. A step of its own, after which x may go."""
+        return walk.activate(x_BTHWC, gamma, bias)
 
-    def of_normed_beside(self, x_BTHWC: Tensor, gamma: Tensor, walk: Walk, bias: Tensor | None, beside_BTHWC: Tensor) -> Tensor:
-        """The same, plus `beside`."""
-        y, own = self.of_normed(x_BTHWC, gamma, walk, bias)
+    def summed(self, x_BTHWC: Tensor, walk: Walk, beside_BTHWC: Tensor) -> Tensor:
+        """The convolution of x plus `beside`."""
+        y, own = self.apart(x_BTHWC, walk)
         return residual_add(y, beside_BTHWC, own)
 
     def kernel(self, x_BTHWC: Tensor, pad: tuple[int, int], *, bias: bool = True) -> Tensor:
@@ -234,9 +234,12 @@ class Residual(nn.Module):
         self.shortcut = Conv(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
 
     def forward(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
-        y, bias = self.residual["2"].of_normed(x_BTHWC, self.residual["0"].gamma, walk)
+        first, second = self.residual["2"], self.residual["6"]
+        y, bias = first.apart(first.activated(x_BTHWC, self.residual["0"].gamma, walk), walk)
         beside = x_BTHWC if self.shortcut is None else self.shortcut(x_BTHWC, walk)
-        return self.residual["6"].of_normed_beside(y, self.residual["3"].gamma, walk, bias, beside)
+        activated = second.activated(y, self.residual["3"].gamma, walk, bias)
+        del y  # before the convolution takes as much memory
+        return second.summed(activated, walk, beside)
 
 
 class FrameAttention(nn.Module):
