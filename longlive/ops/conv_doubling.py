@@ -71,7 +71,7 @@ def quantise_frames(x_NHWC: Tensor) -> tuple[Tensor, Tensor]:
     wide = x_NHWC.float()
     size = wide.abs().amax((1, 2, 3))
     scales = torch.where(size == 0, 1.0, divided(size, LARGEST).clamp(min=torch.finfo(torch.float32).tiny))
-    return to_e4m3(wide / scales[:, None, None, None]), scales
+    return to_e4m3(wide * (torch.ones_like(scales) / scales)[:, None, None, None]), scales
 
 
 def doubled_fp8(x_BTHWC: Tensor, rows: Tensor, scales: Tensor, bias: Tensor, beside: Beside | None) -> Tensor:

@@ -14,30 +14,28 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_rows import saturated
+from .triton_frames import fast, silu
 
 
 @triton.jit
 def fused_norm_silu_fp8(
     x, bias, gamma, out, T, H, W, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    w, line = position % (W + 2) - 1, position // (W + 2)
-    h, t = line % (H + 2) - 1, line // (H + 2)
+    b, blocks = tl.program_id(1).to(tl.int64), tl.cdiv(W + 2, ROWS)
+    line, w = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS) - 1
+    t, h = line // (H + 2), line % (H + 2) - 1
     col = tl.arange(0, BLOCK_C)
-    there = (t < T) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    there = (h >= 0) & (h < H) & (w >= 0) & (w < W)
     source = ((b * T + t) * H + h) * W + w
-    inside = there[:, None] & (col < C)[None, :]
-    v = tl.load(x + source[:, None] * C + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(x + source[:, None] * C + col[None, :], mask=there[:, None] & (col < C)[None, :], other=0.0).to(tl.float32)
     if BIAS:
-        v += tl.where(inside, tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)[None, :], 0.0)
-    scale = tl.rsqrt(tl.sum(v * v, 1) / C + eps)
-    v = v * scale[:, None] * tl.load(gamma + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
-    v = saturated(v * tl.sigmoid(v))
-    place = (b * (T + 2) + 2) * ((H + 2) * (W + 2)) + position
-    tl.store(out + place[:, None] * C + col[None, :], v.to(out.dtype.element_ty), mask=(t < T)[:, None] & (col < C)[None, :])
+        v += tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
+    scale = tl.where(there, tl.rsqrt(tl.sum(v * v, 1) / C + eps), 0.0)
+    v = silu(v * scale[:, None] * tl.load(gamma + col, mask=col < C, other=0.0).to(tl.float32)[None, :], FAST)
+    v = tl.minimum(v, 448.0, propagate_nan=tl.PropagateNan.ALL)  # SiLU is never below -0.3
+    place = ((b * (T + 2) + 2) * (H + 2) + line) * (W + 2) + w + 1
+    tl.store(out + place[:, None] * C + col[None, :], v.to(out.dtype.element_ty), mask=(w <= W)[:, None] & (col < C)[None, :])
 
 
 @triton.jit
@@ -94,8 +92,8 @@ def norm_silu_fp8(x_BTHWC: torch.Tensor, bias: torch.Tensor | None, gamma: torch
     out[:, :2] = past
     block = triton.next_power_of_2(C)
     lines = max(1, 4096 // block)
-    fused_norm_silu_fp8[(triton.cdiv(T * (H + 2) * (W + 2), lines), B)](
-        x, gamma if bias is None else bias, gamma, out, T, H, W, 1e-24 / C, C=C, BLOCK_C=block, ROWS=lines, BIAS=bias is not None
+    fused_norm_silu_fp8[(T * (H + 2) * triton.cdiv(W + 2, lines), B)](
+        x, gamma if bias is None else bias, gamma, out, T, H, W, 1e-24 / C, C=C, BLOCK_C=block, ROWS=lines, BIAS=bias is not None, FAST=fast(x)
     )
     return out
 

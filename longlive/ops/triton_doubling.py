@@ -1,7 +1,8 @@
 """Doubling of rows and columns with its 3x3 convolution, in one kernel: a matrix product over the four taps of one phase per tile of the small grid.
 
-The copy engine gives zeros around the frame, so that nothing is padded, and the tile goes straight to every second pixel of the large frame, with scale, bias
-and the stage's doubled input added before the only rounding. Operands are bfloat16 or float16, or e4m3 codes with scales. (`conv_doubling` says when.)
+A tile is a run of positions, row after row. The copy engine gives zeros above and below the frame; beside it a tap reads the neighbouring row, so the taps that
+look over that edge come first, and what they gave positions at the edge is put to zero. The tile goes straight to every second pixel of the large frame, with
+scale, bias and the stage's doubled input added before the only rounding. Operands are bfloat16 or float16, or e4m3 codes with scales. (`conv_doubling` says when.)
 
 Legend: N = B * T frames, H W rows and columns of the small grid, C channels in, O or OUT channels out, phase = 2 j + k for row 2h + j and column 2w + k.
 """
@@ -14,7 +15,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .triton_conv import _halves
-from .triton_narrow import tile
 from .triton_rows import saturated
 
 VALUES = 4096  # of a program that reads and writes only
@@ -44,32 +44,35 @@ def _place(
 def fused_doubling_convolution(
     x_tiles, w_rows, x_scales, w_scales, bias, beside, out, frames, frames_beside, lost, H, W,
     C: tl.constexpr, OUT: tl.constexpr, TIME: tl.constexpr, STEP: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr, BESIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(1)
     blocks: tl.constexpr = OUT // BN
-    n, phase, at = tl.program_id(0) % blocks * BN, tl.program_id(0) // blocks % 4, tl.program_id(0) // (4 * blocks)
-    across = tl.cdiv(W, BW)
+    n, phase, m = tl.program_id(0) % blocks * BN, tl.program_id(0) // blocks % 4, tl.program_id(0) // (4 * blocks) * BM
     j, k = phase // 2, phase % 2
-    h0, w0 = at // across * BH, at % across * BW
-    acc = tl.zeros([BH * BW, BN], dtype=tl.float32)
-    for s in range(4 * (C // BK)):
-        tap, c = s // (C // BK), s % (C // BK) * BK
-        x = x_tiles.load([f, h0 + j + tap // 2 - 1, w0 + k + tap % 2 - 1, c]).reshape(BH * BW, BK)
-        acc = tl.dot(x, w_rows.load([(4 * tap + phase) * OUT + n, c]).T, acc)
-    p = tl.arange(0, BH * BW)
-    h, w = h0 + p // BW, w0 + p % BW
-    inside = (h < H) & (w < W)
+    p = m + tl.arange(0, BM)
+    h, w = p // W, p % W
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for s in range(2 * (C // BK)):
+        i, c = s // (C // BK), s % (C // BK) * BK
+        x = x_tiles.load([f, m + (i + j - 1) * W + 2 * k - 1, c]).reshape(BM, BK)
+        acc = tl.dot(x, w_rows.load([(8 * i + 4 * k + phase) * OUT + n, c]).T, acc)
+    acc = tl.where((w == k * (W - 1))[:, None], 0.0, acc)
+    for s in range(2 * (C // BK)):
+        i, c = s // (C // BK), s % (C // BK) * BK
+        x = x_tiles.load([f, m + (i + j - 1) * W, c]).reshape(BM, BK)
+        acc = tl.dot(x, w_rows.load([(8 * i + 4 * (1 - k) + phase) * OUT + n, c]).T, acc)
+    inside = h < H
     row = (f.to(tl.int64) * (2 * H) + 2 * h + j) * (2 * W) + 2 * w + k
     t = f % frames + lost
     place = ((f // frames * frames_beside + t // TIME).to(tl.int64) * H + h) * W + w
     chosen = (4 * (t % TIME) + phase) * STEP // (4 * TIME)
     part: tl.constexpr = BN // 4
-    left, right = _halves(acc, BH * BW, BN)
-    one, two = _halves(left, BH * BW, BN // 2)
+    left, right = _halves(acc, BM, BN)
+    one, two = _halves(left, BM, BN // 2)
     _place(one, f, phase, row, place, chosen, inside, n, x_scales, w_scales, bias, beside, out, OUT, part, STEP, SCALED, BESIDE)
     _place(two, f, phase, row, place, chosen, inside, n + part, x_scales, w_scales, bias, beside, out, OUT, part, STEP, SCALED, BESIDE)
-    one, two = _halves(right, BH * BW, BN // 2)
+    one, two = _halves(right, BM, BN // 2)
     _place(one, f, phase, row, place, chosen, inside, n + 2 * part, x_scales, w_scales, bias, beside, out, OUT, part, STEP, SCALED, BESIDE)
     _place(two, f, phase, row, place, chosen, inside, n + 3 * part, x_scales, w_scales, bias, beside, out, OUT, part, STEP, SCALED, BESIDE)
 
@@ -92,7 +95,7 @@ def fused_frames_fp8(x, sizes, codes, scales, values, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = frame.to(tl.int64) * values + at
     v = tl.load(x + place, mask=at < values, other=0.0).to(tl.float32)
-    tl.store(codes + place, saturated(tl.div_rn(v, scale)).to(codes.dtype.element_ty), mask=at < values)
+    tl.store(codes + place, saturated(v * tl.div_rn(1.0, scale)).to(codes.dtype.element_ty), mask=at < values)
     tl.store(scales + frame, scale, mask=tl.program_id(0) == 0)
 
 
@@ -124,13 +127,12 @@ def doubled(
     out = torch.empty(N, 2 * H, 2 * W, outputs, dtype=bias.dtype, device=x.device)
     other, frames, time, lost = (out, N, 1, 0) if beside is None else beside
     other = other.contiguous()
-    bm, bn, bk = 128, next(size for size in (256, 128, 64) if outputs % size == 0), 128 // x.element_size()
+    bm, bn, bk = 128, 128 if outputs % 128 == 0 else 64, 128 // x.element_size()
     bk = bk if C % bk == 0 else 64
-    bh, bw = tile(H, W, bm)
     x_scales, w_scales = (bias, bias) if scales is None else scales
-    fused_doubling_convolution[(triton.cdiv(H, bh) * triton.cdiv(W, bw) * (4 * outputs // bn), N)](
-        TensorDescriptor.from_tensor(x, [1, bh, bw, bk]), TensorDescriptor.from_tensor(rows, [bn, bk]), x_scales, w_scales, bias, other, out,
-        frames, other.shape[1], lost, H, W, C=C, OUT=outputs, TIME=time, STEP=other.shape[-1] // outputs, BH=bh, BW=bw, BN=bn, BK=bk,
-        SCALED=scales is not None, BESIDE=beside is not None, num_warps=8, num_stages=4,
+    fused_doubling_convolution[(triton.cdiv(H * W, bm) * (4 * outputs // bn), N)](
+        TensorDescriptor.from_tensor(x.flatten(1, 2), [1, bm, bk]), TensorDescriptor.from_tensor(rows, [bn, bk]), x_scales, w_scales, bias, other, out,
+        frames, other.shape[1], lost, H, W, C=C, OUT=outputs, TIME=time, STEP=other.shape[-1] // outputs, BM=bm, BN=bn, BK=bk,
+        SCALED=scales is not None, BESIDE=beside is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

@@ -16,25 +16,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 RING_BYTES = 640 * 2**20
 BM, BN, BK = 128, 128, 64
-BLOCK = 1024
+BLOCK = 512
 
 
 @triton.jit
 def fused_narrow_convolution(
-    x_tiles, w_rows, out, first, last, H, W, slots,
-    C: tl.constexpr, N: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_tiles, w_rows, out, first, H, W, slots,
+    C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(W, BW)
-    line, column = first + tl.program_id(0) // across * BH, tl.program_id(0) % across * BW
-    acc = tl.zeros([BH * BW, BN], dtype=tl.float32)
+    across = tl.cdiv(W, BM)
+    row, column = first + tl.program_id(0) // across, tl.program_id(0) % across * BM
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
     for k in range(3 * (C // BK)):
         tap, c = k // (C // BK), k % (C // BK) * BK
-        x = x_tiles.load([line, column + tap - 1, c]).reshape(BH * BW, BK)
-        acc = tl.dot(x, w_rows.load([tap * BN, c]).T, acc)
-    p = tl.arange(0, BH * BW)
-    row, w, n = line + p // BW, column + p % BW, tl.arange(0, BN)
+        acc = tl.dot(x_tiles.load([row, column + tap - 1, c]).reshape(BM, BK), w_rows.load([tap * BN, c]).T, acc)
+    w, n = column + tl.arange(0, BM), tl.arange(0, BN)
     place = ((row // H % slots).to(tl.int64) * H + row % H) * W + w
-    tl.store(out + place[:, None] * N + n[None, :], acc, mask=((row < last) & (w < W))[:, None] & (n < N)[None, :])
+    tl.store(out + place[:, None] * N + n[None, :], acc, mask=(w < W)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -53,12 +51,6 @@ def fused_sum_taps(y, out, first, slots, H, W, HO, pad, OUT: tl.constexpr, BLOCK
     tl.store(out + t.to(tl.int64) * (HO * W * OUT) + at, v.to(out.dtype.element_ty), mask=inside)
 
 
-def tile(height: int, width: int, positions: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of so many positions (a power of two) that covers a frame with the fewest tiles; of equals the widest."""
-    shapes = [(positions // columns, columns) for columns in (2**i for i in range(3, positions.bit_length()))]
-    return min(shapes, key=lambda shape: (-(-height // shape[0]) * -(-width // shape[1]), -shape[1]))
-
-
 def convolution(x_BTHWC: torch.Tensor, rows: torch.Tensor, outputs: int, pad: int) -> torch.Tensor:
     """[B, T, H - 2 + 2 pad, W, O] from x [B, T + 2, H, W, C] and `conv_narrow.tap_rows` [3 * 128, C]."""
     x = x_BTHWC.contiguous()
@@ -67,15 +59,13 @@ def convolution(x_BTHWC: torch.Tensor, rows: torch.Tensor, outputs: int, pad: in
     slots = min(frames, max(3, RING_BYTES // (4 * N * H * W)))
     ring = torch.empty(slots, H, W, N, dtype=torch.float32, device=x.device)
     out = x.new_empty(B, T, HO, W, outputs)
-    bh, bw = tile(slots * H, W, BM)
     w_rows = TensorDescriptor.from_tensor(rows, [BN, BK])
     for b in range(B):
-        x_tiles, done = TensorDescriptor.from_tensor(x[b].flatten(0, 1), [bh, bw, BK]), 0
+        x_tiles, done = TensorDescriptor.from_tensor(x[b].flatten(0, 1), [1, BM, BK]), 0
         for first in range(0, T, slots - 2):
             last = min(T, first + slots - 2)
-            lines = (last + 2 - done) * H
-            fused_narrow_convolution[(triton.cdiv(lines, bh) * triton.cdiv(W, bw),)](
-                x_tiles, w_rows, ring, done * H, (last + 2) * H, H, W, slots, C=C, N=N, BH=bh, BW=bw, BN=BN, BK=BK, num_warps=4, num_stages=3
+            fused_narrow_convolution[((last + 2 - done) * H * triton.cdiv(W, BM),)](
+                x_tiles, w_rows, ring, done * H, H, W, slots, C=C, N=N, BM=BM, BN=BN, BK=BK, num_warps=4, num_stages=3
             )
             done = last + 2
             fused_sum_taps[(triton.cdiv(HO * W * outputs, BLOCK), last - first)](ring, out[b], first, slots, H, W, HO, pad, OUT=outputs, BLOCK=BLOCK)
