@@ -77,7 +77,7 @@ def bench_fused(settings: FusedSettings, path: Path | None, report: Callable[[st
     record = Record(path, head)
     for name, value in {**head["surroundings"], **rates, "tokens": tokens}.items():
         report(f"{name:18s} {value}")
-    for case in [*cases(spec.dit, settings.text, device), *library_cases(spec.dit, settings, device)]:
+    for case in [*cases(spec.dit, settings.text, device), *row_cases(spec.dit, device), *library_cases(spec.dit, settings, device)]:
         record.start({"operation": case.name})
         record.finish(_measure(case, tokens, device, rates, settings.repeats))
         report(_line(record.cases[-1]))
@@ -144,18 +144,6 @@ def cases(dims: DiTDims, text: int, device: torch.device) -> list[Case]:
         x = random(1, tokens, D, dtype=dtype)
         return Work(lambda x: joint_linear(x, *layers), x, 4 * x.nbytes + 6 * D * D, 6.0 * tokens * D * D)
 
-    def rows(width: int, make: Callable[[torch.Tensor], object]):
-        def run(tokens: int, dtype: torch.dtype):
-            x = random(1, tokens, width, dtype=dtype)
-            return Work(make, x, x.nbytes + x.numel())
-
-        return run
-
-    def norm_rows(tokens: int, dtype: torch.dtype):
-        x, reader = random(1, tokens, D, dtype=dtype), Fp8Linear.of(random(16, D, dtype=dtype), None)
-        shift, scale = random(2, 1, CHUNK_FRAMES, D, dtype=dtype, like=0.5)
-        return Work(lambda x: norm_modulate(x, shift, scale, 1e-6, (reader,)), x, x.nbytes + x.numel())
-
     def read_text(tokens: int, dtype: torch.dtype):
         q = random(1, tokens, dims.heads, d, dtype=dtype)
         k, v = random(2, 1, text, dims.heads, d, dtype=dtype)
@@ -170,11 +158,31 @@ def cases(dims: DiTDims, text: int, device: torch.device) -> list[Case]:
         Case("gate, add", residual(True, True, None)),
         Case("rms q k, rotate, write page", write),
         Case("rms", rms),
+        Case("q k v joined", joint),
+        Case("linear + gelu", gelu),
+    ]
+
+
+def row_cases(dims: DiTDims, device: torch.device) -> list[Case]:
+    """What the FP8 layers of a block read."""
+    D, random = dims.dim, _random(device)
+
+    def rows(width: int, make: Callable[[torch.Tensor], object]):
+        def run(tokens: int, dtype: torch.dtype):
+            x = random(1, tokens, width, dtype=dtype)
+            return Work(make, x, x.nbytes + x.numel())
+
+        return run
+
+    def norm_rows(tokens: int, dtype: torch.dtype):
+        x, reader = random(1, tokens, D, dtype=dtype), Fp8Linear.of(random(16, D, dtype=dtype), None)
+        shift, scale = random(2, 1, CHUNK_FRAMES, D, dtype=dtype, like=0.5)
+        return Work(lambda x: norm_modulate(x, shift, scale, 1e-6, (reader,)), x, x.nbytes + x.numel())
+
+    return [
         Case("fp8 rows", rows(D, quantised_rows), reference=False),
         Case("gelu, fp8 rows", rows(dims.ffn, Rows().of_gelu), reference=False),
         Case("norm, modulate, fp8 rows", norm_rows, reference=False),
-        Case("q k v joined", joint),
-        Case("linear + gelu", gelu),
     ]
 
 

@@ -21,6 +21,16 @@ def fused(x: torch.Tensor) -> bool:
 
 
 @cache
+def _copies_tiles(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def fused_copies(x: torch.Tensor) -> bool:
+    """The same for kernels that copy by tiles (TMA: Hopper, Blackwell), which older cards would do value by value, slower than the reference."""
+    return fused(x) and _copies_tiles(x.device)
+
+
+@cache
 def _computes_e4m3(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 

@@ -13,15 +13,7 @@ import triton
 import triton.language as tl
 
 from .fp8 import RowFP8
-from .triton_rows import load_row, row_tiles, store_rows, store_tile
-
-
-@triton.jit
-def sum_row(tiles):
-    total = tiles[0]
-    for i in tl.static_range(1, len(tiles)):
-        total += tiles[i]
-    return tl.sum(total, 0)
+from .triton_rows import load_row, row_tiles, store_rows, store_tile, sum_row
 
 
 @triton.jit

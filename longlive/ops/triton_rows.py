@@ -52,6 +52,15 @@ def store_tile(x, tile, i: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def sum_row(tiles):
+    """Of all values of a row."""
+    total = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        total += tiles[i]
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def store_rows(tiles, codes, scales, row, K: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr):
     """Quantises a row, given as float32 tiles that are 0 beyond K: E4M3 bits to `codes`, its scale to `scales`. Infinity or NaN: scale NaN, codes 0.
 
@@ -69,7 +78,7 @@ def store_rows(tiles, codes, scales, row, K: tl.constexpr, TILE: tl.constexpr, E
     for i in tl.static_range(len(tiles)):
         quotient = tiles[i] * inverse
         if EXACT:
-            quotient = tl.fma(tl.fma(-quotient, scale, tiles[i]), inverse, quotient)
+            quotient = tl.fma(tl.fma(quotient, scale, -tiles[i]), -inverse, quotient)  # signed so that -0 stays -0
         bits = quotient.to(tl.float8e4nv).to(tl.uint8, bitcast=True)  # at most 448 by the choice of the scale
         col = i * TILE + tl.arange(0, TILE)
         tl.store(codes + col, bits, mask=col < kept)

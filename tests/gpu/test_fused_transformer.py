@@ -125,7 +125,7 @@ def test_norm_heads(batch, tokens, count, head_dim, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16])  # the interpreter multiplies no bfloat16 matrices
 @pytest.mark.parametrize(
-    "groups, queries, rows, keys, count, head_dim", [(1, 5, 1, 3, 2, 8), (3, 130, 2, 70, 2, 16), (2, 65, 4, 144, 1, 64), (1, 33, 2, 16, 2, 128)]
+    "groups, queries, rows, keys, count, head_dim", [(1, 5, 1, 3, 2, 16), (3, 130, 2, 70, 2, 32), (2, 65, 4, 144, 1, 64), (1, 33, 2, 16, 2, 128)]
 )
 def test_text_attention(groups, queries, rows, keys, count, head_dim, dtype):
     from longlive.ops.triton_text import text_attention as fused_attention

@@ -47,7 +47,7 @@ def test_rows(width, dtype):
 def test_rows_whose_quotients_are_ties(width):
     """Where code times scale is a value of the row, and halfway between two codes, the product with an inverse would fall to either side."""
     x = torch.arange(1, 257, device="cuda").float()[:, None] * torch.arange(1, width + 1, device="cuda").remainder(129)[None] / 128
-    x[:, 0] = torch.arange(1, 257, device="cuda") * 7 / 4
+    x[:, 0], x[:, 1] = torch.arange(1, 257, device="cuda") * 7 / 4, -0.0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert quantised_rows(x.to(dtype)) == quantise_rows(x.to(dtype))
 
@@ -162,7 +162,7 @@ def test_fp8_product():
 @needs_fp8
 @pytest.mark.parametrize("fast, bar", [(True, 0.1), (False, 5e-3)])
 def test_fp8_products_of_one_sign(fast, bar):
-    """The worst case of fast accumulation: Hopper's cores keep about 14 bits of a running sum and cut the rest off each term, towards zero."""
+    """The worst case of fast accumulation (5 % measured on an H200): the cores keep about 14 bits of a running sum and cut the rest off each term."""
     x, w = data(300, 3072, spread=0.5).abs(), data(512, 3072, seed=1, spread=0.5).abs()
     a, b = quantise_rows(x), quantise_rows(w)
     mine, right = fp8_product(a, b, fast=fast).float(), w8a8(a, b, dtype=torch.float32, wide=torch.float64)
