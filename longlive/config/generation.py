@@ -47,7 +47,7 @@ class Inference(Section):
     async_vae: bool = option(False, "with streaming_vae: decode while the next chunk is generated")
     vae_device: str | None = option(None, "with streaming_vae: decode on this device")
     vae_type: Literal["wan", "wan2.2", "", "mg_lightvae", "mg_lightvae_v2"] = option("wan", "decoder")
-    vae_fp8: bool = option(False, "the decoder's residual convolutions in FP8: tensor cores of Hopper and datacentre Blackwell, emulated on a CPU")
+    vae_fp8: bool = option(False, "the decoder's residual and doubling convolutions in FP8: tensor cores of Hopper and datacentre Blackwell, emulated on a CPU")
     num_samples: int = option(1, "films per prompt, generated as one batch", ge=1)
     use_ema: bool = option(False, "take the EMA weights of the checkpoint")
     kv_quant: bool = option(False, "keep cached keys and values quantised")
