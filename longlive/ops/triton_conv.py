@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .triton_frames import fast, silu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def fused_norm_silu_fp8(
     x, bias, gamma, out, T, H, W, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, FAST: tl.constexpr,
@@ -53,7 +53,7 @@ def _halves(acc, BM: tl.constexpr, BN: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def fused_convolution_fp8(
     x_rows, w_rows, scales, bias, residual, out, T, PH, PW, outputs,
     C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RESIDUAL: tl.constexpr,

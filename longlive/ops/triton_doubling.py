@@ -41,7 +41,7 @@ def _place(
     tl.store(out + row[:, None] * OUT + col[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "frames_beside", "lost"])
 def fused_doubling_convolution(
     x_tiles, w_rows, x_scales, w_scales, bias, beside, out, frames, frames_beside, lost, H, W,
     C: tl.constexpr, OUT: tl.constexpr, TIME: tl.constexpr, STEP: tl.constexpr,

@@ -19,7 +19,7 @@ BM, BN, BK = 128, 128, 64
 BLOCK = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def fused_narrow_convolution(
     x_tiles, w_rows, out, first, H, W, slots,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -35,7 +35,7 @@ def fused_narrow_convolution(
     tl.store(out + place[:, None] * N + n[None, :], acc, mask=(w < W)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def fused_sum_taps(y, out, first, slots, H, W, HO, pad, OUT: tl.constexpr, BLOCK: tl.constexpr):
     t = first + tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
