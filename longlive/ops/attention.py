@@ -54,9 +54,7 @@ def fp8(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: 
     if fp8_fits(q_BNHd, k_BMHd, v_BMHd):
         from . import triton_attention
 
-        return triton_attention.attention(
-            triton_attention.codes(q_BNHd.contiguous()), triton_attention.codes(k_BMHd), triton_attention.transposed_codes(v_BMHd), q_BNHd.dtype
-        )
+        return triton_attention.attention(q_BNHd.contiguous(), triton_attention.codes(k_BMHd), triton_attention.transposed_codes(v_BMHd))
     return sdpa(*(to_e4m3(t).to(t.dtype) for t in (q_BNHd, k_BMHd, v_BMHd)), None)
 
 

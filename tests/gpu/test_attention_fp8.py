@@ -29,14 +29,13 @@ def test_against_the_rounded_inputs(batch, queries, keys, heads, head_dim, sharp
     from longlive.ops import triton_attention as kernel
 
     q, k, v = (random(batch, n, heads, head_dim, seed=n, dtype=torch.float32) for n in (queries, keys, keys + 1))
-    q, v = q * sharp, v[:, :keys]
-    told = [to_e4m3(t) for t in (q, k, v)]
-    found = kernel.attention(told[0].contiguous(), told[1].contiguous(), told[2].permute(0, 2, 3, 1).contiguous(), torch.float32)
-    truth = attention(*(t.double() for t in told), kernel="math")
+    q, k, v = (to_e4m3(t).float() for t in (q * sharp, k, v[:, :keys].contiguous()))
+    found = kernel.attention(q, kernel.codes(k), kernel.transposed_codes(v))
+    truth = attention(*(t.double() for t in (q, k, v)), kernel="math")
     assert found.isfinite().all() and apart(found, truth) < (0.2 if INTERPRETED else 0.03)
 
 
-@pytest.mark.parametrize("batch, keys, heads, head_dim", [(2, 70, 3, 64), (1, 64, 1, 128)])
+@pytest.mark.parametrize("batch, keys, heads, head_dim", [(2, 80, 3, 64), (1, 64, 1, 128)])
 def test_codes_and_their_transposition(batch, keys, heads, head_dim):
     from longlive.ops import triton_attention as kernel
 
@@ -44,8 +43,22 @@ def test_codes_and_their_transposition(batch, keys, heads, head_dim):
     v = pages[:, :keys]  # a view of the first slots, as pages are read
     truth = to_e4m3(v).float()
     plain, turned = kernel.codes(v).float(), kernel.transposed_codes(v).float()
-    assert torch.equal(turned, plain.permute(0, 2, 3, 1))
+    order = [16 * (at // 16) + 8 * h + 2 * c + e for at in range(0, keys, 16) for c in range(4) for h in range(2) for e in range(2)]
+    assert torch.equal(turned, plain[:, order].permute(0, 2, 3, 1))
     assert apart(plain, truth) < 0.2 if INTERPRETED else torch.equal(plain, truth)  # the interpreter rounds some values wrongly
+
+
+def test_codes_of_some_keys_among_those_of_more():
+    from longlive.ops import triton_attention as kernel
+
+    q, k, v = (random(2, n, 2, 64, seed=n, dtype=torch.float32) for n in (70, 96, 96))
+    held = [torch.full(shape, torch.nan, device=DEVICE).to(torch.float8_e4m3fn) for shape in ((2, 128, 2, 64), (2, 2, 64, 128))]
+    for some in (slice(0, 32), slice(32, 96)):
+        kernel.codes(k[:, some], held[0][:, some])
+        kernel.transposed_codes(v[:, some], held[1][..., some])
+    assert torch.equal(held[0][:, :96].float(), kernel.codes(k).float()) and torch.equal(held[1][..., :96].float(), kernel.transposed_codes(v).float())
+    found = kernel.attention(q, held[0][:, :96], held[1][..., :96])
+    assert torch.equal(found, kernel.attention(q, kernel.codes(k), kernel.transposed_codes(v)))
 
 
 @pytest.mark.parametrize("wide, kept", [(torch.nan, torch.nan), (torch.inf, 448.0), (-1e9, -448.0), (3.0, 3.0)])
