@@ -17,15 +17,18 @@ import torch
 from ..core.errors import InputError
 from ..core.tokens import Tokens
 from ..ops.attention import attention
+from ..ops.coded_attention import coded_attention, norm_rope_code
 from ..ops.heads import Heads, norm_rope_write, norm_rotate
 from ..ops.merged_attention import Read, film_attention, part_kernel
 from ..ops.rope import apply_rope, rope_tables
+from .coded import CodedPages
 from .pages import Pages
 from .policy import Window, WindowPolicy, visible_chunks
 from .quantised import QuantisedPages
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 PLAIN = "plain"
+STORES = (Pages, QuantisedPages, CodedPages)  # their slots stay where they are
 
 
 class Full:
@@ -258,7 +261,7 @@ class Cached:
 
     def __init__(
         self,
-        pages: Pages | QuantisedPages,
+        pages: Pages | QuantisedPages | CodedPages,
         windows: list[Window],
         chunk: int,
         tokens: Tokens,
@@ -308,8 +311,8 @@ class Cached:
         return None if q is None else self._read(apply_rope(q, *self.rope), layer)
 
     def takes(self, heads: Heads) -> bool:
-        """Bare projections are taken where slots are written in place: norm, rotation and (a dense store's) way into the slot are one pass."""
-        return type(self.pages) in (Pages, QuantisedPages) and not torch.is_grad_enabled()
+        """Bare projections are taken where slots are written in place: norm, rotation and (but for a quantised store) the way into the slot are one pass."""
+        return type(self.pages) in STORES and not torch.is_grad_enabled()
 
     def attend(self, heads: Heads, layer: int) -> torch.Tensor | None:
         """As a call with the normalised heads."""
@@ -318,11 +321,16 @@ class Cached:
             self.pages.write(layer, self.slot_B, k, v)
             return None if q is None else self._read(q, layer)
         pages = self.pages.k[layer], self.pages.v[layer]
-        q = norm_rope_write(heads, self.rope, self.slot_B, *pages, rotate_k=self.slot_rope is None)
+        if isinstance(self.pages, CodedPages):
+            q = norm_rope_code(heads, self.rope, self.slot_B, *pages)
+        else:
+            q = norm_rope_write(heads, self.rope, self.slot_B, *pages, rotate_k=self.slot_rope is None)
         return None if q is None else self._read(q, layer)
 
     def _read(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """What rotated queries read from the filled slots."""
+        if isinstance(self.pages, CodedPages) and self.there_BP is None:
+            return coded_attention(q, *self.pages.codes(layer, self.filled))
         keys, values = self.pages.read(layer, self.filled, self.slot_rope)
         kernel = self.kernel if self.there_BP is None else "auto"
         return attention(q, keys, values, self._bias(self.there_BP, q.shape[1]), kernel=kernel)

@@ -16,6 +16,8 @@ from typing import Protocol
 
 import torch
 
+from ..cache.attend import STORES
+from ..cache.coded import CodedPages
 from ..cache.pages import Pages
 from ..cache.quantised import QuantisedPages
 from ..core.tokens import Tokens
@@ -29,7 +31,7 @@ class Recordable(Protocol):
     """Attention to pages that stay where they are. Two of equal `variant` differ by the tensors (pairs of tensors, or None) in the attributes `places`."""
 
     places: tuple[str, ...]
-    pages: Pages
+    pages: Pages | QuantisedPages | CodedPages
 
     @property
     def variant(self) -> tuple: ...
@@ -133,7 +135,7 @@ class FixedForwards:
         return torch.cuda.graph_pool_handle() if self.records else None
 
     def __call__(self, x_BNc: torch.Tensor, tokens: Tokens, levels: NoiseLevels, text: TextContext, attend: Recordable, until: str) -> torch.Tensor | None:
-        if type(attend.pages) not in (Pages, QuantisedPages) or torch.is_grad_enabled():
+        if type(attend.pages) not in STORES or torch.is_grad_enabled():
             return self.dit(x_BNc, tokens, levels, text, attend, until)
         keys = -(-text.bias_RM.shape[1] // TEXT_ROOM) * TEXT_ROOM
         room = text.prompts, keys

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..cache.attend import Cached
+from ..cache.coded import CodedPages
 from ..cache.pages import Pages
 from ..cache.policy import Window, WindowPolicy
 from ..cache.quantised import QuantisedPages
@@ -27,6 +28,7 @@ from ..diffusion.known import KnownFrames, nothing_known
 from ..diffusion.samplers import OnStep, sample, unipc
 from ..models.patch import patchify, unpatchify
 from ..models.wan_dit import Attend, NoiseLevels, TextContext, WanDiT
+from ..ops.coded_attention import keeps_codes
 from ..parallel.mesh import Mesh
 from ..parallel.shared_chunk import SharedChunk
 from .fixed import FixedForwards
@@ -47,7 +49,7 @@ class RolloutSettings:
     guidance       classifier-free guidance scale, 1 = off; `batched_guidance`: both branches in one forward
     kv_format      how finished chunks keep their keys and values: fp8, int8 or nvfp4 (scale rule `kv_rule`); None: as they are
     kv_keep_sinks  anchor and pin are kept as they are, too
-    attention      how self-attention is computed: auto, or another entry of `ops.attention.KERNELS`
+    attention      how self-attention is computed: auto, or another entry of `ops.attention.KERNELS`; for fp8 pages may hold the codes that it reads
     """
 
     chunk_frames: int = 8
@@ -88,10 +90,11 @@ class RolloutSettings:
         sink = self.sink_frames > 0
         return WindowPolicy(pages=self.pages, anchor=sink, pin=sink and self.multi_shot, recache=self.recache)
 
-    def store(self, *sizes: int, device: torch.device, dtype: torch.dtype) -> Pages | QuantisedPages:
+    def store(self, *sizes: int, device: torch.device, dtype: torch.dtype) -> Pages | QuantisedPages | CodedPages:
         """Memory for keys and values of (layers, batch, pages, tokens of a page, heads, head features)."""
         if self.kv_format is None:
-            return Pages(*sizes, device=device, dtype=dtype)
+            coded = self.attention == "fp8" and not self.relative and keeps_codes(device, sizes[3], sizes[5])
+            return (CodedPages if coded else Pages)(*sizes, device=device, dtype=dtype)
         keep = {"keep_anchor": self.kv_keep_sinks and self.policy.anchor, "keep_pin": self.kv_keep_sinks and self.policy.pin}
         return QuantisedPages(*sizes, device=device, dtype=dtype, format=self.kv_format, rule=self.kv_rule, **keep)
 

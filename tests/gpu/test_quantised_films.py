@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from longlive.engine import rollout as rollout_module
 from longlive.engine.rollout import Rollout, RolloutSettings, chunk_noise
 from longlive.models.spec import TINY, DiTDims
 from longlive.models.wan_dit import WanDiT
 from longlive.ops import fp4_matmul, fp8_matmul, kv_reading, residual, triton_available
+from longlive.ops.triton_available import fp8_tiles_lack
 from longlive.precision.backends import BACKENDS
 from longlive.precision.capability import FP8_FAMILIES, probe
 from longlive.precision.converter import LinearConverter
@@ -30,10 +32,9 @@ def network(linear, dtype=torch.bfloat16):
     return dit
 
 
-def film(dit, store, fixed=False, keep=False):
-    settings = RolloutSettings(
-        chunk_frames=FRAMES, window_frames=3 * FRAMES, sink_frames=FRAMES, shot_offset=3.0, steps=2, kv_format=store, kv_keep_sinks=keep
-    )
+def film(dit, store, fixed=False, keep=False, **settings):
+    options = {"chunk_frames": FRAMES, "window_frames": 3 * FRAMES, "sink_frames": FRAMES, "shot_offset": 3.0, "steps": 2} | settings
+    settings = RolloutSettings(kv_format=store, kv_keep_sinks=keep, **options)
     sizes = {"token_height": ROWS, "token_width": COLUMNS, "batch": 2, "device": torch.device("cuda"), "dtype": torch.bfloat16, "fixed": fixed}
     rollout = Rollout(dit, settings, **sizes)
     with torch.no_grad():
@@ -67,6 +68,18 @@ def test_fused_films_are_those_of_the_references(linear, store, monkeypatch):
 def test_recorded_films_are_the_films(linear, store, keep):
     dit = network(linear)
     assert apart(film(dit, store, fixed=True, keep=keep), film(dit, store, keep=keep)) < 0.02
+
+
+@pytest.mark.skipif(FP8 and fp8_tiles_lack(torch.device("cuda")) is not None, reason="needs Hopper or datacentre Blackwell")
+def test_films_of_kept_codes_are_those_of_dense_pages(monkeypatch):
+    """Attention in FP8 from pages of codes; plain forwards and recorded ones; windows of different length in a batch, which are read through a mask."""
+    dit = network("fp8")
+    for cuts in ({}, {"recache": True}):
+        coded, recorded = (film(dit, None, fixed=fixed, attention="fp8", **cuts) for fixed in (False, True))
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout_module, "keeps_codes", lambda *_: False)
+            dense = film(dit, None, attention="fp8", **cuts)
+        assert 0 < apart(coded, dense) < 0.05 and apart(recorded, coded) < 0.02
 
 
 def test_a_blanket_cast_changes_nothing():
