@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.geometry import TEMPORAL_STRIDE, latent_frames
 from ..ops import conv_doubling, conv_narrow
+from ..ops.frame_attention import frame_attention
 from ..ops.frames import (
     PATCH, Beside, adds_bias, from_patches, interleave, norm_silu, paired, patches_to_bytes, plain_cpu, residual_add, rms, to_patches,
 )  # fmt: skip
@@ -253,8 +254,7 @@ class FrameAttention(nn.Module):
         with torch.autocast(x_BTHWC.device.type, enabled=False):
             normed = rms(x_BTHWC, self.norm.gamma)
         whole = walk.spatial.gather(self.to_qkv(normed, walk))
-        q, k, v = whole.flatten(2, 3).flatten(0, 1).unsqueeze(1).chunk(3, -1)
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        y = frame_attention(*whole.flatten(2, 3).flatten(0, 1).chunk(3, -1))
         y = walk.spatial.own(y.view(*whole.shape[:4], -1))
         return x_BTHWC + self.proj(y, walk)
 

@@ -128,6 +128,10 @@ def paired(y_BTHWC: Tensor, bias: Tensor | None = None) -> Tensor:
     halves = y_BTHWC.view(B, T, H, W, 2, C // 2).permute(0, 1, 4, 2, 3, 5)
     if bias is None:
         return halves.reshape(B, 2 * T, H, W, C // 2)
+    if fuses(y_BTHWC, bias):
+        from . import triton_frames
+
+        return triton_frames.paired(y_BTHWC, bias)
     out = y_BTHWC.new_empty(B, T, 2, H, W, C // 2)
     torch.add(halves, bias.view(2, 1, 1, C // 2), out=out)
     return out.flatten(1, 2)

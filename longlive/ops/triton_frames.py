@@ -82,6 +82,17 @@ def fused_interleave(
 
 
 @triton.jit
+def fused_paired(y, bias, out, positions, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr):
+    frame = tl.program_id(1).to(tl.int64)  # of the result
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_C)
+    half = frame % 2 * C
+    inside = (row < positions)[:, None] & (col < C)[None, :]
+    source = (frame // 2 * positions + row)[:, None] * (2 * C) + half + col[None, :]
+    v = tl.load(y + source, mask=inside, other=0.0).to(tl.float32) + tl.load(bias + half + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + (frame * positions + row)[:, None] * C + col[None, :], v.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def fused_to_bytes(x, bias, out, H, W, PITCH: tl.constexpr, BLOCK: tl.constexpr):
     frame = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -145,6 +156,18 @@ def interleave(y_NHWJKC: torch.Tensor, bias: torch.Tensor, beside: tuple[torch.T
         y, bias, x, out, frames, x.shape[1], lost, H, W,
         C=C, C_BESIDE=x.shape[-1], TIME=time, REPEATS=C * 4 * time // x.shape[-1] if beside else 1, BLOCK_C=block, COLS=columns, BESIDE=beside is not None,
     )  # fmt: skip
+    return out
+
+
+def paired(y_BTHWC: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """[B, T, H, W, 2C] plus bias [2C] -> [B, 2T, H, W, C]: the halves of the channels become frames."""
+    y = y_BTHWC.contiguous()
+    B, T, H, W, C = y.shape
+    C //= 2
+    out = y.new_empty(B, 2 * T, H, W, C)
+    block = triton.next_power_of_2(C)
+    rows = max(1, VALUES // block)
+    fused_paired[(triton.cdiv(H * W, rows), 2 * B * T)](y, bias, out, H * W, C=C, BLOCK_C=block, ROWS=rows)
     return out
 
 

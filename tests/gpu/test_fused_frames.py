@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernels_here import DEVICE, GPU_ONLY, MARKS, apart, close, random
 
 from longlive.core.pixels import to_uint8
 from longlive.models import wan_vae
 from longlive.models.spec import VAEDims
 from longlive.models.wan_vae import WanVAE
+from longlive.ops import frame_attention
 from longlive.ops import frames as frames_op
 from longlive.ops.frames import Beside, duplicate_up, from_patches, norm_silu
 
@@ -68,6 +70,28 @@ def test_interleave_beside_the_input(inputs, outputs, time, first, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 3, 5, 12), (1, 1, 1, 1, 2), (1, 2, 2, 7, 2048)])
+def test_paired(shape, dtype):
+    from longlive.ops import triton_frames
+
+    y, bias = random(*shape, seed=1, dtype=dtype), random(shape[-1], seed=2, dtype=dtype)
+    close(triton_frames.paired(y, bias), frames_op.paired(y.double().cpu(), bias.double().cpu()), dtype)
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("frames, positions, channels", [(3, 70, 512), (2, 901, 1024)])
+def test_attention_of_a_wide_head(frames, positions, channels, monkeypatch):
+    q, k, v = (2 * random(frames, positions, channels, seed=i, dtype=torch.bfloat16) for i in (1, 2, 3))
+    truth = F.scaled_dot_product_attention(*(x.double().unsqueeze(1) for x in (q, k, v))).squeeze(1)
+    with torch.no_grad():
+        close(frame_attention.frame_attention(q, k, v), truth, torch.bfloat16)
+        monkeypatch.setattr(frame_attention, "SCORES", 2 * positions**2)
+        close(frame_attention.frame_attention(q, k, v), truth, torch.bfloat16)
+    monkeypatch.setattr(frame_attention, "two_products", None)
+    assert frame_attention.frame_attention(q.requires_grad_(), k, v).requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes(dtype):
     from longlive.ops import triton_frames
 
@@ -113,7 +137,7 @@ def test_operations_take_kernels_without_gradients_only(monkeypatch):
     from longlive.ops import triton_frames
 
     calls = []
-    for name in ("norm_silu", "bias_add", "interleave", "to_bytes"):
+    for name in ("norm_silu", "bias_add", "interleave", "paired", "to_bytes"):
         real = getattr(triton_frames, name)
         monkeypatch.setattr(triton_frames, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
     vae = WanVAE(VAEDims(encoder_base=4, decoder_base=8)).to(DEVICE, torch.bfloat16)
@@ -122,5 +146,5 @@ def test_operations_take_kernels_without_gradients_only(monkeypatch):
     assert not calls
     with torch.no_grad():
         vae.decode_bytes(z)
-    assert set(calls) == {"norm_silu", "bias_add", "interleave", "to_bytes"}
+    assert set(calls) == {"norm_silu", "bias_add", "interleave", "paired", "to_bytes"}
     assert Beside(torch.zeros(1, 2, 1, 1, 8), 2, True).doubled(8).shape == (1, 3, 2, 2, 8)
