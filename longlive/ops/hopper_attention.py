@@ -23,8 +23,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-QUERIES = gl.constexpr(64)  # of a group
-WIDE, NARROW = gl.constexpr(128), gl.constexpr(64)  # keys of a step: two tiles, each a power of two
+GROUP, TILES = 64, (128, 64)  # queries of a group; keys of a step: two tiles, each a power of two
+QUERIES, WIDE, NARROW = gl.constexpr(GROUP), gl.constexpr(TILES[0]), gl.constexpr(TILES[1])
 STAGES = gl.constexpr(2)  # steps in shared memory
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 
@@ -246,7 +246,7 @@ def attention(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BHdM: torch.Tensor) 
     k_rows = k_BMHd.stride(0) // (H * d)
     k = k_BMHd.as_strided(((B - 1) * k_rows + M, H * d), (H * d, 1))
     v = v_BHdM.as_strided((B * H * d, M), (v_BHdM.stride(2), 1))
-    tiles = [(k, [WIDE, d]), (k, [NARROW, d]), (v, [d, WIDE]), (v, [d, NARROW])]
+    tiles = [(k, [TILES[0], d]), (k, [TILES[1], d]), (v, [d, TILES[0]]), (v, [d, TILES[1]])]
     described = [TensorDescriptor.from_tensor(t, block, gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)) for t, block in tiles]
-    fused_attention_fp8_hopper[(triton.cdiv(N, 2 * QUERIES), H, B)](q_BNHd, *described, out, N, M, H, k_rows, d**-0.5 * math.log2(math.e), d=d, num_warps=4)
+    fused_attention_fp8_hopper[(triton.cdiv(N, 2 * GROUP), H, B)](q_BNHd, *described, out, N, M, H, k_rows, d**-0.5 * math.log2(math.e), d=d, num_warps=4)
     return out
