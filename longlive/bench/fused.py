@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from ..ops.residual import add_gated, add_norm, add_norm_modulate, norm_modulate
 from ..ops.text_attention import text_attention
 from ..precision.linear import Fp8Linear
 from .record import Record, surroundings
-from .timing import timed
+from .timing import recorded
 
 SETS = 3  # of inputs, in turn
 ROUNDS = 4  # over all of them, in a measurement
@@ -90,8 +89,8 @@ def device_rates(device: torch.device) -> dict[str, float]:
     source = torch.randint(255, (large,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     matrix = torch.randn(side, side, device=device, dtype=_dtype(device))
-    copy = _seconds(lambda: target.copy_(source), device, 5)
-    product = _seconds(lambda: matrix @ matrix, device, 5)
+    copy = recorded(lambda: target.copy_(source), device, 5)
+    product = recorded(lambda: matrix @ matrix, device, 5)
     return {"bytes_per_second": 2 * large / copy, "operations_per_second": 2 * side**3 / product}
 
 
@@ -231,12 +230,12 @@ def _measure(case: Case, tokens: int, device: torch.device, rates: dict[str, flo
     sets = [case.make(tokens, _dtype(device)) for _ in range(SETS)] * ROUNDS
     moved, operations = sets[0].moved, sets[0].operations
     floor = max(moved / rates["bytes_per_second"], operations / rates["operations_per_second"])
-    fused = _seconds(lambda: _each(sets, False), device, repeats) / len(sets)
+    fused = recorded(lambda: _each(sets, False), device, repeats) / len(sets)
     entry = {"microseconds": 1e6 * fused, "floor_microseconds": 1e6 * floor, "of_floor": floor / fused}
     if case.reference:
         for work in sets:
             work.x.requires_grad_()
-        entry["reference_microseconds"] = 1e6 * _seconds(lambda: _each(sets, True), device, max(3, repeats // 4)) / len(sets)
+        entry["reference_microseconds"] = 1e6 * recorded(lambda: _each(sets, True), device, max(3, repeats // 4)) / len(sets)
         entry["times_reference"] = entry["reference_microseconds"] / entry["microseconds"]
     if operations:
         entry["tflops"] = operations / fused / 1e12
@@ -247,18 +246,6 @@ def _each(sets: list[Work], gradients: bool) -> None:
     with torch.set_grad_enabled(gradients):
         for work in sets:
             work.call(work.x)
-
-
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of `work`, recorded on a GPU."""
-    work()
-    if device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        work = graph.replay
-        work()
-    return median(timed(work, device)[1] for _ in range(repeats))
 
 
 def _line(entry: dict) -> str:

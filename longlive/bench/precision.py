@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -28,15 +29,16 @@ from ..models.wan_dit import TextContext, WanDiT
 from ..ops import fp4_matmul, nvfp4
 from ..ops.kv_formats import FORMATS
 from ..ops.linear import joint_linear, linear_gelu
-from ..ops.quant_matmul import repack_fp8
+from ..ops.quant_matmul import fp8_row_scales
 from ..precision.backends import BACKENDS
 from .networks import filled, precision
 from .record import Record, surroundings
-from .timing import timed
+from .timing import recorded, timed
 
 BF16, FLOAT32 = "bf16", "float32"
 GIB = 2**30
 SIGMA = 0.5
+BEYOND_CACHES = {"cuda": 2**30, "cpu": 2**20}  # bytes; the largest caches of GPUs hold 2^27
 PARTS = {
     "self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"), "self_attn.o": ("self_attn.o",), "cross_attn": ("cross_attn.q", "cross_attn.o"),
     "ffn.0": ("ffn.0",), "ffn.2": ("ffn.2",),
@@ -227,24 +229,29 @@ class _Bench:
         return found
 
     def conversions(self) -> None:
-        """Packed weights made dense, as a share of the speed of a copy."""
+        """Packed weights made dense or FP8 against copies of as many bytes, all over so many matrices in turn that no cache holds them."""
         d = self.scene.dims
-        w = nvfp4.quantise(self.scene.normal(d.ffn, d.dim, seed=5).bfloat16(), "mse")
-        rows, dense = repack_fp8(w), w.dequantise(torch.bfloat16)
+        first = nvfp4.quantise(self.scene.normal(d.ffn, d.dim, seed=5).bfloat16(), "mse")
+        scales, size = fp8_row_scales(first), d.ffn * d.dim
+        ways = {
+            "to_bf16": (lambda w: fp4_matmul.dequantised(w, torch.bfloat16), first.bytes + 2 * size),
+            "to_fp8": (lambda w: fp4_matmul.as_rows(w, scales), first.bytes + scales.nbytes + size),
+        }
+
+        def seconds(make: Callable[[Any], object], sources: list) -> float:
+            """Of one call; results are kept until all are there, so that each has memory of its own."""
+            return recorded(lambda: [make(source) for source in sources], self.device, self.settings.repeats) / len(sources)
 
         def work() -> dict:
-            seconds = self._in_turn(
-                {
-                    "copy": lambda: dense.clone(),
-                    "to_bf16": lambda: fp4_matmul.dequantised(w, torch.bfloat16),
-                    "to_fp8": lambda: fp4_matmul.as_rows(w, rows.scales),
-                }
-            )
-            moved = {"copy": 2 * dense.nbytes, "to_bf16": w.bytes + dense.nbytes, "to_fp8": w.bytes + rows.codes.nbytes}
-            speed = {name: moved[name] / seconds[name] for name in moved}
-            found = {name: {"seconds": seconds[name], "tb_per_second": speed[name] / 1e12, "of_copy": speed[name] / speed["copy"]} for name in moved}
-            for name, values in found.items():
-                self.report(f"weights {d.ffn} x {d.dim} {name:8s} {1e6 * values['seconds']:.0f} us, {100 * values['of_copy']:.0f} % of the speed of a copy")
+            found = {}
+            for name, (make, moved) in ways.items():
+                count = BEYOND_CACHES[self.device.type] // moved + 1
+                halves = [torch.full((moved // 2,), i, dtype=torch.uint8, device=self.device) for i in range(count)]
+                copy = seconds(torch.clone, halves)
+                halves.clear()
+                taken = seconds(make, [replace(first, **{part: t.clone() for part, t in first.state().items()}) for _ in range(count)])
+                found[name] = {"seconds": taken, "tb_per_second": moved / taken / 1e12, "copy_seconds": copy, "of_copy": copy / taken}
+                self.report(f"weights {d.ffn} x {d.dim} {name:8s} {1e6 * taken:.1f} us, a copy {1e6 * copy:.1f}: {100 * copy / taken:.0f} % of its speed")
             return found
 
         self._case({"conversion": f"{d.ffn}x{d.dim}"}, work)

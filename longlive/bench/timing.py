@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,18 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple[float, floa
     last.record()
     torch.cuda.synchronize(device)
     return time.perf_counter() - began, first.elapsed_time(last) / 1000
+
+
+def recorded(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of `work` by device events; on a GPU of a graph of it, since a host takes longer to launch a small kernel than a GPU to run it."""
+    work()
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        work = graph.replay
+        work()
+    return median(timed(work, device)[1] for _ in range(repeats))
 
 
 def kind_of(kernel: str) -> str:

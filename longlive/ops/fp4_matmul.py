@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from . import nvfp4
-from .fp8 import RowFP8, to_e4m3
+from .fp8 import RowFP8
 from .nvfp4 import GROUP, NVFP4, rule_named
+from .quant_matmul import as_fp8
 from .random_bits import counter_bits
 from .triton_available import fused_fp8
 
@@ -47,29 +48,28 @@ def _unpacks(t: NVFP4) -> bool:
 def products(t: NVFP4, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """[..., R, K]: code * scale, which `dtype` holds exactly."""
     if _unpacks(t):
-        from .triton_fp4 import unpack_fused
+        from .triton_packed import dense_fused
 
-        return unpack_fused(t, torch.ones_like(t.amax), dtype)
+        return dense_fused(t, dtype, products=True)
     return t.products().to(dtype)
 
 
 def dequantised(w: NVFP4, dtype: torch.dtype) -> torch.Tensor:
     """`w.dequantise(dtype)`, in one pass on a GPU."""
     if _unpacks(w):
-        from .triton_fp4 import unpack_fused
+        from .triton_packed import dense_fused
 
-        return unpack_fused(w, w.decode_scale, dtype)
+        return dense_fused(w, dtype)
     return w.dequantise(dtype)
 
 
 def as_rows(w: NVFP4, scales: torch.Tensor) -> RowFP8:
-    """Weights [N, K] as FP8 with the row scales [N, 1] that `quant_matmul.repack_fp8` found: the same codes, without looking for the largest again."""
+    """`quant_matmul.as_fp8(w, scales)`, in one pass on a GPU."""
     if _unpacks(w):
-        from .triton_fp4 import rows_fused
+        from .triton_packed import fp8_fused
 
-        return rows_fused(w, scales)
-    codes = to_e4m3(w.dequantise(torch.float32) / scales).view(torch.uint8)
-    return RowFP8(codes, scales, w.dtype)
+        return fp8_fused(w, scales)
+    return as_fp8(w, scales)
 
 
 def emulated(a: NVFP4, w: NVFP4, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

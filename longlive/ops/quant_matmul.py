@@ -11,8 +11,11 @@ from __future__ import annotations
 import torch
 
 from ..core.errors import InputError
-from .fp8 import RowFP8, quantise_rows
+from .fp8 import RowFP8, quantise_rows, to_e4m3
 from .nvfp4 import NVFP4
+from .packed import finite_or_refuse
+
+EXPONENT = 0x7F800000  # of a float32
 
 
 def w4a4(a: NVFP4, w: NVFP4, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None, wide: torch.dtype = torch.float32) -> torch.Tensor:
@@ -28,9 +31,27 @@ def w4a16(x: torch.Tensor, w: NVFP4, bias: torch.Tensor | None = None, *, dtype:
     return _finish(_sum(x, w.dequantise(x.dtype), wide), bias, dtype or x.dtype)
 
 
+def fp8_row_scales(w: NVFP4) -> torch.Tensor:
+    """float32 [N, 1]: the row scales under which NVFP4 weights [N, K] become FP8, the decode scale times a power of two.
+
+    code * scale has up to 6 significant bits and E4M3 holds 4. Under a power of two they stay those bits, so that all but the products with 1.5, 3 and 6
+    are kept exactly, and those lose two bits at most. The largest of a row comes to lie in [128, 256). Raises InputError for infinity or NaN.
+    """
+    largest = w.products().abs().amax(-1, keepdim=True)
+    finite_or_refuse(largest, "raise")
+    power = (largest.view(torch.int32) & EXPONENT).view(torch.float32)  # the power of two at or below it
+    scales = torch.where(largest == 0, 1.0, power / 128) * w.decode_scale
+    return scales.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def as_fp8(w: NVFP4, scales: torch.Tensor) -> RowFP8:
+    """NVFP4 weights [N, K] as FP8 with the row scales [N, 1]: E4M3((code * scale) * (decode scale / row scale)), each operation rounded in float32."""
+    return RowFP8(to_e4m3(w.products() * (w.decode_scale / scales)).view(torch.uint8), scales, w.dtype)
+
+
 def repack_fp8(w: NVFP4) -> RowFP8:
-    """NVFP4 weights [N, K] as row-wise FP8, from their float32 values: how W4A8 stores for computing."""
-    return quantise_rows(w.dequantise(torch.float32))
+    """NVFP4 weights [N, K] as row-wise FP8: what W4A8 computes with."""
+    return as_fp8(w, fp8_row_scales(w))
 
 
 def w4a8(x: torch.Tensor, w: NVFP4, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None, wide: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""NVFP4 in one pass: quantising activations, and packed weights as dense or FP8 matrices.
+"""Quantising to NVFP4 in one pass.
 
-Quantising follows `nvfp4.quantise` operation by operation (divisions correctly rounded, no fused multiply-adds, sums over a group in order), so that
+It follows `nvfp4.quantise` operation by operation (divisions correctly rounded, no fused multiply-adds, sums over a group in order), so that
 codes and scales are the same bits. A program of the quantiser holds some rows and their groups; it reads a group's 16 values one by one, which
 keeps the order of sums and makes packing a matter of two neighbours.
 
@@ -13,10 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .fp8 import RowFP8
 from .nvfp4 import GROUP, NVFP4, RULES
 from .random_bits import seed_word
-from .triton_rows import saturated
 
 MEASURES = {None: 0, "mse": 1, "mae": 2, "abs_max": 3}
 
@@ -196,24 +194,6 @@ def fused_quantise(
     store_groups(x, at * 16, x, at, inside, tl.load(amax + b), codes, at * 8, scales, at, word, row, column, E, M, MEASURE, False, STOCHASTIC)
 
 
-@triton.jit
-def fused_unpack(codes, scales, factor, row_scales, out, row_groups, tensor_groups, groups, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(code * scale) * factor[tensor]; with ROWS divided by the row's scale and stored as E4M3 bits."""
-    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = group < groups
-    byte = tl.load(codes + group[:, None] * 8 + tl.arange(0, 8)[None, :], mask=inside[:, None], other=0).to(tl.int32)
-    value = tl.reshape(tl.join(e2m1_value(byte & 15), e2m1_value(byte >> 4)), (BLOCK, 16))
-    scale = e4m3_value(tl.load(scales + group, mask=inside, other=0))
-    value = value * scale[:, None] * tl.load(factor + group // tensor_groups, mask=inside, other=0.0)[:, None]
-    at = group[:, None] * 16 + tl.arange(0, 16)[None, :]
-    if ROWS:
-        value = tl.div_rn(value, tl.load(row_scales + group // row_groups, mask=inside, other=1.0)[:, None])
-        narrow = saturated(value).to(tl.float8e4nv)
-        tl.store(out + at, narrow.to(tl.uint8, bitcast=True), mask=inside[:, None])
-    else:
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside[:, None])
-
-
 def signed(word: int) -> int:
     """The 32 bits of `word` as a signed number, which a kernel takes as 32 bits whatever their value."""
     return word - 2**32 if word >= 2**31 else word
@@ -237,26 +217,3 @@ def quantise_fused(x: torch.Tensor, rule: str, *, amax: torch.Tensor | None = No
         E=how.code, M=how.scale, MEASURE=MEASURES[how.error], STOCHASTIC=seed is not None, BLOCK=128, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return NVFP4(codes, scales, amax, rule, 1, tuple(x.shape), x.dtype)
-
-
-def unpack_fused(t: NVFP4, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(code * scale) * factor [...] in float32, rounded to `dtype`: [..., R, K]."""
-    out = torch.empty(t.shape, dtype=dtype, device=t.codes.device)
-    _unpack(t, factor, factor, out, False)
-    return out
-
-
-def rows_fused(w: NVFP4, scales: torch.Tensor) -> RowFP8:
-    """The weights [N, K] as E4M3 codes under the row scales [N, 1]."""
-    out = torch.empty(w.shape, dtype=torch.uint8, device=w.codes.device)
-    _unpack(w, w.decode_scale, scales, out, True)
-    return RowFP8(out, scales, w.dtype)
-
-
-def _unpack(t: NVFP4, factor: torch.Tensor, row_scales: torch.Tensor, out: torch.Tensor, rows: bool) -> None:
-    *_, count, columns = t.shape
-    row_groups, groups = columns // GROUP, out.numel() // GROUP
-    fused_unpack[(triton.cdiv(groups, 256),)](
-        t.codes.contiguous(), t.linear().scales.contiguous(), factor.contiguous(), row_scales.contiguous(), out, row_groups, count * row_groups, groups,
-        ROWS=rows, BLOCK=256, num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip

@@ -20,7 +20,7 @@ from ..ops.fp8_matmul import fp8_product, quantised_rows
 from ..ops.intake import Groups, Intake, Rows
 from ..ops.nvfp4 import LINEAR, NVFP4, SWIZZLED
 from ..ops.packed import Packed, PackedTensor
-from ..ops.quant_matmul import repack_fp8
+from ..ops.quant_matmul import fp8_row_scales
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -124,7 +124,7 @@ class W4A8Linear(Nvfp4Linear):
 
     def __init__(self, weight: NVFP4, bias: torch.Tensor | None):
         super().__init__(weight, bias)
-        self.register_buffer("row_scales", repack_fp8(weight).scales.view(torch.int32))
+        self.register_buffer("row_scales", fp8_row_scales(weight).view(torch.int32))
 
     def product(self, x: torch.Tensor | RowFP8) -> torch.Tensor:
         a = x if isinstance(x, RowFP8) else quantised_rows(x)

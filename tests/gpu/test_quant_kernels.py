@@ -93,15 +93,35 @@ def test_nvfp4_quantiser(rule, spread):
     assert torch.equal(mine.codes, theirs.codes) and torch.equal(mine.scales, theirs.scales) and torch.equal(mine.amax, theirs.amax)
 
 
+def same_bits(mine, theirs):
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[mine.element_size()]
+    return mine.dtype == theirs.dtype and torch.equal(mine.view(kind), theirs.view(kind))
+
+
 @needs_fp8
 @pytest.mark.parametrize("rule", ["mse", "static_6"])
-def test_packed_weights_as_matrices(rule):
-    w = nvfp4.quantise(data(512, 3072, spread=1.0), rule)
-    for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(fp4_matmul.dequantised(w, dtype), w.dequantise(dtype))
-        assert torch.equal(fp4_matmul.products(w, dtype), w.products().to(dtype))
-    rows = repack_fp8(w)
-    assert torch.equal(fp4_matmul.as_rows(w, rows.scales).codes, rows.codes)
+@pytest.mark.parametrize("shape", [(512, 3072), (33, 48), (3, 70, 80)])
+def test_packed_weights_as_matrices(rule, shape):
+    """Every code under many scales, with the signs of zeros; subnormal scales, rows and a matrix of zeros among them."""
+    x = data(*shape, spread=3.0)
+    x[..., 1, :] = 0
+    x[..., 2, ::2] = -1e-30
+    for w in (nvfp4.quantise(x, rule), nvfp4.quantise(x, rule).swizzled(), nvfp4.quantise(x.float() * 2.0**-100, rule), nvfp4.quantise(0 * x, rule)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert same_bits(fp4_matmul.dequantised(w, dtype), w.dequantise(dtype))
+            assert same_bits(fp4_matmul.products(w, dtype), w.products().to(dtype))
+        if len(shape) == 2:
+            rows = repack_fp8(w)
+            assert fp4_matmul.as_rows(w, rows.scales) == rows
+
+
+@needs_fp8
+def test_packed_values_that_are_not_finite_stay_so():
+    x = data(3, 40, 64)
+    x[1, 7, 9] = torch.nan
+    t = nvfp4.quantise(x, "mse", on_nonfinite="nan")
+    for mine, theirs in ((fp4_matmul.products(t), t.products()), (fp4_matmul.dequantised(t, torch.float32), t.dequantise(torch.float32))):
+        assert mine.isnan().sum() == 16 and torch.equal(mine.isnan(), theirs.isnan())
 
 
 def store_of(page, pages, batch):

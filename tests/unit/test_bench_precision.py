@@ -21,6 +21,8 @@ def test_every_way_and_store_is_measured_against_bf16(tmp_path):
     assert by["way", "fp8"]["error_float32"] < 0.2 and by["way", "fp8"]["linear_ms"] > 0 and by["way", "bf16"]["forward_times_bf16"] == 1
     assert "no FP4 tensor cores" in by["network", "native"]["failed"] and ("way", "native") not in by
     assert by["store", "nvfp4"]["store_gib"] < 0.5 * by["store", "bf16"]["store_gib"] and by["store", "nvfp4"]["error_bf16"] > 0
+    conversion = by["conversion", "1024x256"]
+    assert all(conversion[to]["of_copy"] * conversion[to]["seconds"] == pytest.approx(conversion[to]["copy_seconds"]) for to in ("to_bf16", "to_fp8"))
     assert {part for kind, part in by if kind == "part"} == set(PARTS)
     assert json.loads((tmp_path / "precision.json").read_text())["cases"] == cases and all(case["status"] == "done" for case in cases)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longlive.core.errors import InputError
+from longlive.ops.fp4 import decode, unpack
 from longlive.ops.fp8 import quantise_rows
 from longlive.ops.hadamard import hadamard
 from longlive.ops.nvfp4 import RULES, quantise
@@ -78,7 +79,35 @@ def test_w4a16_and_w4a8_by_hand():
     a, packed = quantise_rows(X), repack_fp8(w)
     exact = a.dequantise(torch.float32).double() @ packed.dequantise(torch.float32).double().T
     assert near(w4a8(X, w, dtype=WIDE, wide=WIDE), exact)
-    assert (packed.dequantise() - w.dequantise(torch.float32)).norm() < 0.03 * w.dequantise(torch.float32).norm()
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_repacked_weights_keep_what_four_bits_hold(rule):
+    """Codes of one significant bit times a scale of four stay exact, the others are rounded; a row's scale is a power of two times the matrix's."""
+    w = quantise(W * torch.exp2(data(3, 24, 1)), rule)
+    packed, products = repack_fp8(w), w.products()
+    powers = (packed.scales / w.decode_scale).log2()
+    largest = packed.e4m3.float().abs().amax(-1)
+    assert torch.equal(powers, powers.round()) and largest.min() >= 128 and largest.max() <= 256
+    kept, normal = packed.e4m3.float() * torch.exp2(powers), products.abs() >= torch.exp2(powers - 6)
+    exact = normal & torch.isin(decode(unpack(w.codes))[:, :200].abs(), torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    assert torch.equal(kept[exact], products[exact]) and 0.3 < exact.float().mean() < 0.9
+    assert ((kept - products).abs() <= (products.abs() / 16).clamp(min=torch.exp2(powers - 10))).all()
+    assert (kept - products).norm() < 0.025 * products.norm()
+
+
+def test_repacking_small_and_broken_weights():
+    """A row of zeros, a matrix of zeros, one whose decode scale is subnormal; infinity is refused."""
+    w = W.float()
+    w[3] = 0
+    assert not repack_fp8(quantise(w)).dequantise()[3].any() and not repack_fp8(quantise(0 * w)).dequantise().any()
+    tiny = quantise(w * 2.0**-118)
+    assert tiny.decode_scale < torch.finfo(torch.float32).tiny
+    exact = tiny.dequantise(torch.float32).double()
+    assert near(repack_fp8(tiny).dequantise(torch.float32), exact, 0.03)
+    w[0, 0] = torch.inf
+    with pytest.raises(InputError, match="infinity or NaN"):
+        repack_fp8(quantise(w, on_nonfinite="nan"))
 
 
 def test_row_wise_fp8_agrees_with_torch():
