@@ -41,7 +41,7 @@ SIGMA = 0.5
 BEYOND_CACHES = {"cuda": 2**30, "cpu": 2**20}  # bytes; the largest caches of GPUs hold 2^27
 PARTS = {
     "self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"), "self_attn.o": ("self_attn.o",), "cross_attn": ("cross_attn.q", "cross_attn.o"),
-    "ffn.0": ("ffn.0",), "ffn.2": ("ffn.2",),
+    "text": ("cross_attn.k", "cross_attn.v"), "ffn.0": ("ffn.0",), "ffn.2": ("ffn.2",),
 }  # fmt: skip
 
 
@@ -108,8 +108,8 @@ class Scene:
     def _convert_some(self, dit: WanDiT, name: str, only: tuple[str, ...]) -> None:
         from ..precision.converter import LinearConverter, Selection
 
-        others = tuple(n for n, m in dit.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("blocks.") and not n.endswith(only))
-        LinearConverter(backend=BACKENDS[name], selection=Selection(filtered=others)).convert(dit, self.spec)
+        others = tuple(n for n, m in dit.named_modules() if isinstance(m, torch.nn.Linear) and not (n.startswith("blocks.") and n.endswith(only)))
+        LinearConverter(backend=BACKENDS[name], selection=Selection(filtered=others, default=False)).convert(dit, self.spec)
 
     def place(self, chunk: int) -> Tokens:
         frames = CHUNK_FRAMES

@@ -23,7 +23,7 @@ from ..ops.nvfp4 import NVFP4
 from ..ops.packed import PackedTensor
 from .backends import FP8, NATIVE, TE, TORCHAO, W4A8, W4A16, Backend
 from .linear import EmulatedLinear, Fp8Linear, NativeLinear, QuantisedLinear, W4A8Linear, W4A16Linear
-from .selection import quantised_linears
+from .selection import filtered, quantised_linears
 
 MULTIPLES = {FP8: MULTIPLE, TORCHAO: MULTIPLE, W4A8: MULTIPLE, NATIVE: 32, TE: 32}
 
@@ -79,7 +79,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConverter:
-    """Quantises the selected layers for `backend`.
+    """Quantises the selected layers for `backend`, less those that it spares; what is `given` is never spared.
 
     weight_rule, tile, activation_rule   NVFP4 scale rules and the tile of the weights' scales
     given        quantised weights by parameter name (`blocks.0.ffn.0.weight`)
@@ -107,7 +107,7 @@ class LinearConverter:
         converted, kept, before, after = {}, {}, 0, 0
         for name in [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
             layer = model.get_submodule(name)
-            reason = "not selected" if name not in chosen else self._unfit(layer) if name not in given else None
+            reason = "not selected" if name not in chosen else None if name in given else self._unfit(name, layer)
             if reason is not None:
                 kept[name] = reason
                 continue
@@ -121,7 +121,9 @@ class LinearConverter:
             raise ConfigError(f"no selected layer fits {self.backend.name}: {next(iter(kept.values()))}; run in bf16")
         return ConversionReport(backend=self.backend.name, converted=converted, kept=kept, bytes_before=before, bytes_after=after)
 
-    def _unfit(self, layer: nn.Linear) -> str | None:
+    def _unfit(self, name: str, layer: nn.Linear) -> str | None:
+        if self.selection.default and filtered([name], self.backend.spares):
+            return f"{self.backend.name} spares it"
         step = MULTIPLES.get(self.backend.name, 1)
         if layer.in_features % step or layer.out_features % step:
             return f"{layer.in_features} -> {layer.out_features} are not both multiples of {step}"
