@@ -24,7 +24,7 @@ from ..core.tokens import Tokens
 from ..models.lora import branches
 from ..models.wan_dit import NoiseLevels, TextContext, WanDiT
 
-TEXT_ROOM = 128  # keys of the text in fixed memory come in multiples
+TEXT_ROOM = 64  # keys of the text in fixed memory come in multiples
 
 
 class Recordable(Protocol):

@@ -150,9 +150,10 @@ def test_norm_heads(batch, tokens, count, head_dim, dtype):
     close(norm_heads(heads.k_BND, heads.weight_k, EPS, head_dim, rope), turned, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16])  # the interpreter multiplies no bfloat16 matrices
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])  # the interpreter multiplies no bfloat16 matrices
 @pytest.mark.parametrize(
-    "groups, queries, rows, keys, count, head_dim", [(1, 5, 1, 3, 2, 16), (3, 130, 2, 70, 2, 32), (2, 65, 4, 144, 1, 64), (1, 33, 2, 16, 2, 128)]
+    "groups, queries, rows, keys, count, head_dim",
+    [(1, 5, 1, 3, 2, 16), (3, 130, 2, 70, 2, 32), (2, 65, 4, 144, 1, 64), (1, 33, 2, 16, 2, 128), (2, 64, 3, 256, 1, 64), (1, 70, 2, 300, 1, 32)],
 )
 def test_text_attention(groups, queries, rows, keys, count, head_dim, dtype):
     from longlive.ops.triton_text import text_attention as fused_attention
@@ -161,10 +162,12 @@ def test_text_attention(groups, queries, rows, keys, count, head_dim, dtype):
     k, v = (random(rows, keys, count, head_dim, seed=i, dtype=dtype) for i in (2, 3))
     bias = random(rows, keys, seed=4).masked_fill(random(rows, keys, seed=5) > 0.5, -torch.inf)
     bias[:, -1] = 3.5  # one key that stands for many
+    if keys == 256:  # room without text
+        bias[:, 130:], bias[1, 5:] = -torch.inf, -torch.inf
     chosen = torch.arange(groups, device=DEVICE) * 7 % rows
     truth = attention(q.double(), *(t.double().index_select(0, chosen) for t in (k, v)), bias.double().index_select(0, chosen)[:, None, None], kernel="math")
     found = fused_attention(q, k, v, bias, chosen)
-    assert found.isfinite().all() and apart(found, truth) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert found.isfinite().all() and apart(found, truth) < (2e-3 if dtype == torch.float16 else 1e-2)
 
 
 @GPU_ONLY
