@@ -16,11 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.errors import ConfigError
 from .fp8 import to_e4m3
 from .inference import fuses
-from .triton_available import fused_fp8_tiles
+from .triton_available import fused_fp8_tiles, fused_roles
 
 Kernel = Callable[..., torch.Tensor]
 # Fastest first at our shapes on Hopper (cuDNN reaches about twice the rate of the FlashAttention-2 class kernel).
 CUDA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+HEADS = (64, 128)  # features of a head that our kernels take
+MANY_KEYS = 8192  # from so many on our kernel on Hopper is faster than cuDNN: level at 7040 keys, by a tenth at 28160
 
 
 def sdpa(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -44,6 +46,16 @@ def math(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias:
     return torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v_BMHd.to(wide)).to(q_BNHd.dtype)
 
 
+def hopper(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`hopper_attention` in bfloat16 on Hopper, without bias and gradients; torch's attention elsewhere."""
+    whole = all(t[0].is_contiguous() for t in (k_BMHd, v_BMHd))
+    if bias is None and whole and fused_roles(q_BNHd) and fuses(q_BNHd, k_BMHd, v_BMHd) and q_BNHd.dtype == torch.bfloat16 and q_BNHd.shape[-1] in HEADS:
+        from . import hopper_attention
+
+        return hopper_attention.attention(q_BNHd.contiguous(), k_BMHd, v_BMHd)
+    return (ordered_sdpa if q_BNHd.is_cuda else sdpa)(q_BNHd, k_BMHd, v_BMHd, bias)
+
+
 def fp8(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Both products in e4m3 where the GPU has them (`fp8_tiles_lack`); elsewhere attention of q, k and v rounded to e4m3.
 
@@ -62,10 +74,10 @@ def fp8_fits(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor) -
     """Whether the FP8 kernel takes these tensors: heads of 64 or 128 features, keys in multiples of 16, every sample in one piece."""
     if not fused_fp8_tiles(q_BNHd) or not fuses(q_BNHd, k_BMHd, v_BMHd):
         return False
-    return q_BNHd.shape[-1] in (64, 128) and k_BMHd.shape[1] % 16 == 0 and all(t[0].is_contiguous() for t in (k_BMHd, v_BMHd))
+    return q_BNHd.shape[-1] in HEADS and k_BMHd.shape[1] % 16 == 0 and all(t[0].is_contiguous() for t in (k_BMHd, v_BMHd))
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "ordered": ordered_sdpa, "math": math, "fp8": fp8}
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "ordered": ordered_sdpa, "hopper": hopper, "math": math, "fp8": fp8}
 
 
 def attention(
@@ -74,11 +86,11 @@ def attention(
     """softmax(q k^T / sqrt(d) + bias) v -> [B, N, H, d] in the dtype of q.
 
     `bias` broadcasts to [B, H, N, M]: float (added, in q's dtype) or bool (True = visible). `kernel` names an entry of `KERNELS`;
-    "auto" takes the ordered backends for unbiased attention in half precision on a GPU and torch's own choice otherwise.
+    "auto" takes "hopper" for unbiased attention to many keys in half precision on a GPU, "ordered" for such to fewer, and torch's own choice otherwise.
     """
     if kernel == "auto":
         half = q_BNHd.is_cuda and q_BNHd.dtype in (torch.bfloat16, torch.float16)
-        kernel = "ordered" if half and bias is None else "sdpa"
+        kernel = "sdpa" if not half or bias is not None else "hopper" if k_BMHd.shape[1] >= MANY_KEYS else "ordered"
     if kernel not in KERNELS:
         raise ConfigError(f"unknown attention kernel {kernel!r}; use one of auto, {', '.join(KERNELS)}")
     return KERNELS[kernel](q_BNHd, k_BMHd, v_BMHd, bias)

@@ -12,17 +12,16 @@ Legend: B batch, N queries, M keys (a multiple of 16), H heads, d head features.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .triton_available import fused_roles
 from .triton_rows import saturated
 
 QUERIES, KEYS = 64, 128
-GLUON = ("3", "6")  # the release of Triton whose Gluon `hopper_attention` is written in; Gluon changes between releases
 
 
 @triton.jit(do_not_specialize=["N", "M", "H", "k_step"])
@@ -98,20 +97,15 @@ def transposed_codes(v_BMHd: torch.Tensor, out_BHdM: torch.Tensor | None = None)
     return out
 
 
-@cache
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and tuple(triton.__version__.split(".")[:2]) == GLUON
-
-
 def attention(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BHdM: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v [B, N, H, d] in the dtype of q, which is contiguous and rounded to e4m3 here.
 
     `k_BMHd`, `v_BHdM`: what `codes` and `transposed_codes` give, or the first M keys of longer ones. d is 64 or 128.
     """
-    if _hopper(q_BNHd.device):
+    if fused_roles(q_BNHd):
         from . import hopper_attention
 
-        return hopper_attention.attention(q_BNHd, k_BMHd, v_BHdM)
+        return hopper_attention.coded_attention(q_BNHd, k_BMHd, v_BHdM)
     B, N, H, d = q_BNHd.shape
     M = k_BMHd.shape[1]
     out = torch.empty_like(q_BNHd)

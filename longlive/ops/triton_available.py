@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 FP8_TILE_MAJORS = (9, 10)
+GLUON = ("3", "6")  # the release of Triton whose Gluon our kernels are written in; Gluon is experimental, and changes between releases
 
 
 @cache
@@ -61,3 +62,17 @@ def fused_fp8_tiles(x: torch.Tensor) -> bool:
 def fused_tiles(x: torch.Tensor) -> bool:
     """The same for products of tiles as large in half precision."""
     return fused_fp8_tiles(x)
+
+
+@cache
+def _gives_roles(device: torch.device) -> bool:
+    if not _installed() or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    import triton
+
+    return tuple(triton.__version__.split(".")[:2]) == GLUON
+
+
+def fused_roles(x: torch.Tensor) -> bool:
+    """The same for kernels in Gluon whose warps have roles: Hopper, with the release of Triton that they are written in."""
+    return x.is_cuda and _gives_roles(x.device)
