@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from longlive.bench.precision import PARTS, PrecisionSettings, Scene, _Bench, bench_precision
+from longlive.bench import networks
+from longlive.bench.precision import PARTS, PrecisionSettings, Scene, _Bench, bench_precision, relative
 from longlive.bench.record import Record
 from longlive.cache import quantised
 from longlive.core.errors import InputError
@@ -25,6 +26,16 @@ def test_every_way_and_store_is_measured_against_bf16(tmp_path):
     assert all(conversion[to]["of_copy"] * conversion[to]["seconds"] == pytest.approx(conversion[to]["copy_seconds"]) for to in ("to_bf16", "to_fp8"))
     assert {part for kind, part in by if kind == "part"} == set(PARTS)
     assert json.loads((tmp_path / "precision.json").read_text())["cases"] == cases and all(case["status"] == "done" for case in cases)
+
+
+def test_errors_of_a_forward_are_bounded(monkeypatch):
+    """Small, with matrices that pass on as much as those of the large network; its own bounds are held on a GPU (tests/gpu/test_precision_errors.py)."""
+    monkeypatch.setattr(networks, "SHARE", 0.02 * (3072 / 256) ** 0.5)
+    scene = Scene(PrecisionSettings(**TOY | {"layers": 4, "width": 32}, prompt_tokens=16), torch.device("cpu"))
+    right = scene.forward(scene.network("float32"), scene.store("bf16", torch.float32))()
+    pages = scene.store("bf16", torch.bfloat16)
+    bf16, fp8, w4a16, w4a8 = (relative(scene.forward(scene.network(name), pages)(), right) for name in ("bf16", "fp8", "w4a16", "w4a8"))
+    assert 2 * bf16 < fp8 < 6 * bf16 and 2 * fp8 < w4a16 < w4a8 < 1.1 * w4a16 < 0.12
 
 
 @pytest.mark.parametrize(
