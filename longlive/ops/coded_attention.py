@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from .attention import attention
+from .attention import HEADS, attention
 from .fp8 import to_e4m3
 from .heads import Heads, Tables, writes_fused
 from .rope import apply_rope
 from .triton_available import fp8_tiles_lack
 
 SIXTEEN = (2, 4, 2)  # keys, as (half, pair, one of two); they stand pair first
-HEADS = (64, 128)
 
 
 def keeps_codes(device: torch.device, page_tokens: int, head_dim: int) -> bool:
