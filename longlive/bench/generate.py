@@ -45,7 +45,7 @@ class GenerateSettings:
 
     `config`: a configuration file with checkpoints, changed by `overrides`; None: random weights of `model`. `decode`: an entry of `engine.decode.STAGES`.
     `attention`: an entry of `ops.attention.KERNELS`. `graphs`: record forwards: auto, on or off. `group`: latent frames per call of the decoder, 0 = the
-    codec's own choice. `vaes` may be ("none",): sampling alone. No measurement begins after `seconds`.
+    codec's own choice; `tile_rows`: latent rows of its tiles, 0 = whole frames. `vaes` may be ("none",): sampling alone. No measurement begins after `seconds`.
     """
 
     model: str = "wan2.2-ti2v-5b"
@@ -60,6 +60,7 @@ class GenerateSettings:
     window: int = 32
     decode: str = "side-stream"
     group: int = 0
+    tile_rows: int = 0
     layers: int | None = None
     graphs: str = "auto"
     attention: str = "auto"
@@ -83,8 +84,8 @@ class GenerateSettings:
             raise InputError("--height and --width belong together; give both or neither")
         if self.config is None and (self.window < CHUNK_FRAMES or self.window % CHUNK_FRAMES):
             raise InputError(f"--window {self.window} is no multiple of {CHUNK_FRAMES} latent frames")
-        if not (self.precisions and self.steps and self.vaes) or min(*self.steps, self.chunks) < 1 or self.group < 0:
-            raise InputError("--precision, --steps and --vae name at least one each; --steps and --chunks are at least 1, --group at least 0")
+        if not (self.precisions and self.steps and self.vaes) or min(*self.steps, self.chunks) < 1 or min(self.group, self.tile_rows) < 0:
+            raise InputError("--precision, --steps, --vae name at least one each; --steps, --chunks are at least 1, --group, --vae-tile-rows at least 0")
 
 
 def bench_generate(
@@ -184,7 +185,7 @@ class _Bench:
         """The rows of one VAE."""
         decode: dict = {}
         if vae != NO_VAE:
-            codec, seconds = seconds_of(lambda: self.networks.codec(vae, name, self.settings.group), self.device)
+            codec, seconds = seconds_of(lambda: self.networks.codec(vae, name, self.settings.group, self.settings.tile_rows), self.device)
             pipeline, load = replace(pipeline, codec=codec), load + seconds
             decode = self._tried(lambda: self._decode(pipeline))
             self.report(f"{vae}: {_decode_words(decode)}")
@@ -200,7 +201,7 @@ class _Bench:
         shape = {"gpus": ranks if self.device.type == "cuda" else 0, "processes": ranks, "width": g.width, "height": g.height}
         shape |= {"window": frames, "chunks": s.chunks}
         model = {"model": pipeline.spec.name, "weights": "random" if s.config is None else str(s.config), "decode": pipeline.decode_kind}
-        model |= {"group": s.group, "graphs": s.graphs, "attention": pipeline.settings.attention}
+        model |= {"group": s.group, "tile_rows": s.tile_rows, "graphs": s.graphs, "attention": pipeline.settings.attention}
         self.rows.append({**model, **key, **shape, **values, **self.head})
         self._write()
         self.report(f"{key['precision']}, {key['steps']} steps, {key['vae']}: {_row_words(self.rows[-1])}")
@@ -310,7 +311,7 @@ class _Bench:
             pipeline = replace(base, settings=settings, decode_kind="inline", cuda_graphs=GRAPHS[choice["graphs"]])
             if choice["vae"] != NO_VAE:
                 key = ("vae", choice["vae"], choice["group"])
-                codec = shared(key, lambda c=choice: self.networks.codec(c["vae"], c["precision"], c["group"]))
+                codec = shared(key, lambda c=choice: self.networks.codec(c["vae"], c["precision"], c["group"], self.settings.tile_rows))
                 pipeline = replace(pipeline, codec=codec)
             pipelines.append(pipeline)
         return pipelines

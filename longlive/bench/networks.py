@@ -23,6 +23,7 @@ from ..models.codec import VideoCodec, wan22_statistics
 from ..models.joint import join_projections
 from ..models.spec import ModelSpec, VAEDims, model_spec, vae_type
 from ..models.vae_fp8 import decoder_to_fp8
+from ..models.vae_tiles import decode_in_tiles
 from ..models.wan_dit import WanDiT
 from ..models.wan_vae import WanVAE, channels_last
 from ..models.weights import build_on_meta
@@ -133,13 +134,16 @@ class RandomNetworks:
             dtype=chosen.dtype,
         )
 
-    def codec(self, vae: str, name: str, group: int) -> VideoCodec:
-        """The VAE that `vae` means (`vae_kind`), with random weights; bfloat16 on a GPU."""
+    def codec(self, vae: str, name: str, group: int, tile_rows: int = 0) -> VideoCodec:
+        """The VAE that `vae` means (`vae_kind`), with random weights; bfloat16 on a GPU. `tile_rows`: latent rows of a tile, 0 = whole frames."""
         kind, low = vae_kind(vae)
         dims = self.spec.vae.pruned(vae_type(kind).rate)
         codec = random_codec(dims, self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32, group)
         if low:
             decoder_to_fp8(codec.vae)
+        if tile_rows:
+            decode_in_tiles(codec, tile_rows)
+            codec.group = group or codec.group
         return codec
 
 
@@ -157,11 +161,11 @@ class CheckpointNetworks:
     def pipeline(self, name: str) -> Pipeline:
         return Pipeline.load(self.config(name), self.device, mesh=self.mesh)
 
-    def codec(self, vae: str, name: str, group: int) -> VideoCodec:
+    def codec(self, vae: str, name: str, group: int, tile_rows: int = 0) -> VideoCodec:
         from ..engine.parts import load_codec
 
         kind, low = vae_kind(vae)
-        config = self.config(name, f"inference.vae_type={kind}", f"inference.vae_fp8={str(low).lower()}")
+        config = self.config(name, f"inference.vae_type={kind}", f"inference.vae_fp8={str(low).lower()}", f"inference.vae_tile_rows={tile_rows or 'null'}")
         codec, _ = load_codec(config, model_spec(config.model_kwargs.model_name), self.device)
         codec.group = group or codec.group
         return codec

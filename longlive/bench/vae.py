@@ -18,7 +18,7 @@ import torch
 from ..core.geometry import CHUNK_FRAMES, Geometry
 from ..engine.decode import Inline
 from ..models.vae_fp8 import Fp8DoublingConv, Fp8Weight
-from ..models.wan_vae import DoublingConv, WholeFrame
+from ..models.wan_vae import WHOLE_FRAME, DoublingConv, WholeFrame
 from ..ops.frames import norm_silu
 from .fused import device_rates
 from .networks import RandomNetworks
@@ -30,13 +30,14 @@ NORM = "norm, silu"
 
 @dataclass(frozen=True, kw_only=True)
 class VaeSettings:
-    """`groups`: latent frames per call of the decoder, each measured; 0 = the codec's own choice."""
+    """`groups`: latent frames per call of the decoder, each measured; 0 = the codec's own choice. `tile_rows`: latent rows of a tile, 0 = whole frames."""
 
     model: str = "wan2.2-ti2v-5b"
     vaes: tuple[str, ...] = ("wan",)
     groups: tuple[int, ...] = (0,)
     height: int | None = None
     width: int | None = None
+    tile_rows: int = 0
     repeats: int = 5
 
 
@@ -50,10 +51,13 @@ class Span:
 
 
 class Timed(WholeFrame):
-    """Times convolutions and norms on their way, without waiting."""
+    """Times convolutions and norms on their way, without waiting. What else a strategy does is left to `inner`."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.spans = device, {}
+    def __init__(self, device: torch.device, inner: WholeFrame = WHOLE_FRAME):
+        self.device, self.inner, self.spans = device, inner, {}
+
+    def by_rows(self, *work) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.inner.by_rows(*work)
 
     def convolve(self, conv, x_BTHWC: torch.Tensor, **options) -> torch.Tensor:
         doubling = isinstance(conv, (DoublingConv, Fp8DoublingConv))
@@ -110,16 +114,17 @@ def bench_vae(settings: VaeSettings, path: Path | None, report: Callable[[str], 
     for vae in settings.vaes:
         for group in settings.groups:
             for measured in (False, True) if device.type == "cuda" else (False,):
-                record.start({"vae": vae, "group": group, "cudnn_benchmark": measured})
+                record.start({"vae": vae, "group": group, "tile_rows": settings.tile_rows, "cudnn_benchmark": measured})
                 with torch.backends.cudnn.flags(enabled=True, benchmark=measured, deterministic=False, allow_tf32=True):
-                    record.finish(_decode(networks, vae, group, settings.repeats, rates, report))
+                    record.finish(_decode(networks, (vae, group, settings.tile_rows), settings.repeats, rates, report))
                 report(_words(record.cases[-1]))
     return record.cases
 
 
-def _decode(networks: RandomNetworks, vae: str, group: int, repeats: int, rates: dict[str, float], report: Callable[[str], None]) -> dict:
+def _decode(networks: RandomNetworks, choice: tuple[str, int, int], repeats: int, rates: dict[str, float], report: Callable[[str], None]) -> dict:
     device, g = networks.device, networks.geometry
-    codec = networks.codec(vae, "bf16", group)
+    vae, group, tile_rows = choice
+    codec = networks.codec(vae, "bf16", group, tile_rows)
     shape = (1, CHUNK_FRAMES, codec.vae.dims.z_dim, g.latent_height, g.latent_width)
     z_BFCHW = torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device)
     decoder = Inline(codec)
@@ -133,7 +138,7 @@ def _decode(networks: RandomNetworks, vae: str, group: int, repeats: int, rates:
         torch.cuda.reset_peak_memory_stats(device)
     seconds = sorted(timed(take, device)[1] for _ in range(repeats))
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    codec.vae.spatial = parts = Timed(device)
+    codec.vae.spatial = parts = Timed(device, codec.vae.spatial)
     codec.vae.pointwise = parts.norm
     whole = timed(take, device)[1]
     synchronize(device)
@@ -141,7 +146,7 @@ def _decode(networks: RandomNetworks, vae: str, group: int, repeats: int, rates:
     for row in rows:
         rate = f"{row['tflops']:5.0f} TFLOP/s" if "tflops" in row else f"{row['gb_per_second']:5.0f} GB/s   "
         report(f"  {row['ms']:8.2f} ms {row['calls']:3d} x, floor {row['floor_ms']:7.2f}, {rate} {row['what']}")
-    codec.vae.spatial, codec.vae.pointwise = WholeFrame(), norm_silu
+    codec.vae.spatial, codec.vae.pointwise = parts.inner, norm_silu
     found = by_kind(kernels(take, device))
     return {
         "ms_per_chunk": 1000 * seconds[len(seconds) // 2],
@@ -168,8 +173,9 @@ def _size(x_BTHWC: torch.Tensor) -> str:
 def _words(entry: dict) -> str:
     kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in entry["ms_by_kind"].items())
     choice = "measured kernels" if entry["cudnn_benchmark"] else "cuDNN's choice"
+    tiles = f", tiles of {entry['tile_rows']} latent rows" if entry["tile_rows"] else ""
     rest = entry["whole_ms"] - entry["convolutions_ms"] - entry["norms_ms"]
     return (
-        f"{entry['vae']}, group {entry['group']}, {choice}: {entry['ms_per_chunk']:.1f} ms a chunk (convolutions {entry['convolutions_ms']:.1f}, norms "
+        f"{entry['vae']}, group {entry['group']}{tiles}, {choice}: {entry['ms_per_chunk']:.1f} ms a chunk (convolutions {entry['convolutions_ms']:.1f}, norms "
         f"{entry['norms_ms']:.1f}, rest {rest:.1f}), warm-up {entry['warmup_s']:.1f} s, peak {entry['peak_gib'] or 0:.1f} GiB; ms by kind: {kinds or 'unknown'}"
     )

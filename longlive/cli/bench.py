@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the record here, after every case.")]
+TileRows = Annotated[int, typer.Option("--vae-tile-rows", min=0, help="Decode a latent frame at a time, at the end in tiles of so many latent rows; 0: no.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -97,7 +98,8 @@ def generate(
     width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,
     window: Annotated[int, typer.Option("--window", help="Latent frames that attention sees (random weights).")] = 32,
     decode: Annotated[str, typer.Option("--decode", help="How frames are decoded: inline, same-stream or side-stream.")] = "side-stream",
-    group: Annotated[int, typer.Option("--group", help="Latent frames per call of the decoder; 0: the whole chunk.")] = 0,
+    group: Annotated[int, typer.Option("--group", help="Latent frames per call of the decoder; 0: the codec's own choice.")] = 0,
+    tile_rows: TileRows = 0,
     layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the generator (random weights); default: all.")] = None,
     graphs: Annotated[str, typer.Option("--graphs", help="Record forwards as CUDA graphs: auto, on, off.")] = "auto",
     attention: Annotated[str, typer.Option("--attention", help="Self-attention: auto, fp8, ordered, sdpa.")] = "auto",
@@ -123,7 +125,7 @@ def generate(
     _check(path)
     settings = GenerateSettings(
         model=model, config=config, overrides=tuple(override), precisions=_words(precision), steps=_numbers("--steps", steps), vaes=_words(vae), chunks=chunks,
-        height=height, width=width, window=window, decode=decode, group=group, layers=layers, graphs=graphs,
+        height=height, width=width, window=window, decode=decode, group=group, tile_rows=tile_rows, layers=layers, graphs=graphs,
         attention=attention, profile=profile, seconds=seconds,
     )  # fmt: skip
     rank, world, _ = launch_rank()
@@ -205,6 +207,7 @@ def vae(
     groups: Annotated[str, typer.Option("--groups", help="Latent frames per call of the decoder, with commas; 0: its own choice.")] = "0",
     height: Annotated[int | None, typer.Option("--height", help="Pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option("--width", help="Pixels; default: the model's.")] = None,
+    tile_rows: TileRows = 0,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed chunks.")] = 5,
     json: JsonOption = None,
 ) -> None:
@@ -212,7 +215,8 @@ def vae(
     from ..bench.vae import VaeSettings, bench_vae
 
     _check(json)
-    bench_vae(VaeSettings(model=model, vaes=_words(vae), groups=_numbers("--groups", groups), height=height, width=width, repeats=repeats), json, _say)
+    sizes = {"height": height, "width": width, "tile_rows": tile_rows, "repeats": repeats}
+    bench_vae(VaeSettings(model=model, vaes=_words(vae), groups=_numbers("--groups", groups), **sizes), json, _say)
     if json is not None:
         typer.echo(f"wrote {json}")
 

@@ -48,6 +48,7 @@ class Inference(Section):
     vae_device: str | None = option(None, "with streaming_vae: decode on this device")
     vae_type: Literal["wan", "wan2.2", "", "mg_lightvae", "mg_lightvae_v2"] = option("wan", "decoder")
     vae_fp8: bool = option(False, "the decoder's residual and doubling convolutions in FP8: tensor cores of Hopper and datacentre Blackwell, emulated on a CPU")
+    vae_tile_rows: int | None = option(None, "for cards with little memory: decode a latent frame at a time, at the end in tiles of so many latent rows", ge=1)
     num_samples: int = option(1, "films per prompt, generated as one batch", ge=1)
     use_ema: bool = option(False, "take the EMA weights of the checkpoint")
     kv_quant: bool = option(False, "keep cached keys and values quantised")

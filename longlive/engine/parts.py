@@ -23,6 +23,7 @@ from ..models.sizes import dit_dims, read_model_config, shapes_of
 from ..models.spec import ModelSpec, vae_type
 from ..models.text import TextEncoder, text_encoder
 from ..models.vae_fp8 import decoder_to_fp8
+from ..models.vae_tiles import decode_in_tiles
 from ..models.wan_dit import WanDiT
 from ..models.weights import build_on_meta, load_into, native_state, read_state, refuse_lora_on_merged
 from ..ops.triton_available import fp8_tiles_lack
@@ -122,6 +123,8 @@ def load_codec(
     codec = read_codec(found, spec.vae, device=device, dtype=dtype, group=group)
     if config.inference.vae_fp8:
         decoder_to_fp8(codec.vae)
+    if config.inference.vae_tile_rows:
+        decode_in_tiles(codec, config.inference.vae_tile_rows)
     if pruning_rate is not None:
         own = round(1 - codec.vae.dims.decoder_base / spec.vae.decoder_base, 6)
         if abs(own - pruning_rate) > 1e-3:

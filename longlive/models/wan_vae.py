@@ -47,7 +47,7 @@ class WholeFrame:
     """Where the rows of a frame are: here, all of them. Other strategies (row tiles, row shards with halo) replace this object.
 
     `convolve` supplies the rows and columns outside the frame that a convolution reads and hands `options` on to its kernel; `gather` and `own` bracket
-    work that needs whole frames. `whole`: every row is here.
+    work that needs whole frames. `by_rows` does the end of the decoder. `whole`: every row is here.
     """
 
     whole = True
@@ -64,6 +64,10 @@ class WholeFrame:
     def own(self, x_BTHWC: Tensor) -> Tensor:
         return x_BTHWC
 
+    def by_rows(self, last: Callable, given: list[Tensor], walk: "Walk", rows_each: int, reach: int) -> tuple[Tensor, Tensor | None]:
+        """`last(given, walk)`, whose convolutions reach over `reach` rows of what is given; a row of latents is `rows_each` of them."""
+        return last(given, walk)
+
 
 WHOLE_FRAME = WholeFrame()
 
@@ -75,7 +79,7 @@ class Walk:
     """
 
     def __init__(self, state: VAEState | None, *, keep: bool, spatial: WholeFrame, pointwise: Callable, reuse: bool = False):
-        self.first, self.spatial, self.pointwise, self._reuse = state is None, spatial, pointwise, reuse and state is not None
+        self.first, self.spatial, self.pointwise, self.keep, self.reuse = state is None, spatial, pointwise, keep, reuse and state is not None
         self._given, self._left, self._at = state, [] if keep else None, 0
 
     def past(self, x_BTHWC: Tensor, frames: int = PAST) -> Tensor:
@@ -94,7 +98,7 @@ class Walk:
         """Keeps the last `frames` of what the layer read, as a copy (a view would hold the whole activation). Its past has been read by now."""
         if self._left is not None:
             last = padded_BTHWC[:, -frames:]
-            self._left.append(self._given.caches[self._at - 1].copy_(last) if self._reuse else last.clone())
+            self._left.append(self._given.caches[self._at - 1].copy_(last) if self.reuse else last.clone())
         return padded_BTHWC
 
     def extend(self, x_BTHWC: Tensor) -> Tensor:
@@ -108,6 +112,14 @@ class Walk:
 
     def state(self) -> VAEState | None:
         return None if self._left is None else VAEState(tuple(self._left))
+
+    def to_come(self) -> tuple[Tensor, ...] | None:
+        """What the layers to come left in the piece before; None at the start of a stream."""
+        return None if self._given is None else self._given.caches[self._at :]
+
+    def hand_on(self, caches: tuple[Tensor, ...]) -> None:
+        """`caches` are what the layers to come leave."""
+        self._left.extend(caches)
 
 
 class Conv(nn.Module):
@@ -341,10 +353,17 @@ class UpStage(nn.Module):
         self.upsamples = nn.ModuleList(layers if last else [*layers, Upsample(outputs, temporal)])
 
     def forward(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
-        y = x_BTHWC
+        return self.double(self.blocks(x_BTHWC, walk), x_BTHWC, walk)
+
+    def blocks(self, x_BTHWC: Tensor, walk: Walk) -> Tensor:
         for layer in self.upsamples:
-            y = layer(y, walk, x_BTHWC) if isinstance(layer, Upsample) else layer(y, walk)
-        return y
+            if isinstance(layer, Residual):
+                x_BTHWC = layer(x_BTHWC, walk)
+        return x_BTHWC
+
+    def double(self, x_BTHWC: Tensor, beside_BTHWC: Tensor, walk: Walk) -> Tensor:
+        last = self.upsamples[-1]
+        return last(x_BTHWC, walk, beside_BTHWC) if isinstance(last, Upsample) else x_BTHWC
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -392,8 +411,20 @@ class Decoder(nn.Module):
 
     def forward(self, z_BFHWC: Tensor, walk: Walk) -> tuple[Tensor, Tensor | None]:
         x_BTHWC = self.conv1(walk.extend(z_BFHWC), walk)
-        for layer in (*self.middle, *self.upsamples):
+        for layer in (*self.middle, *self.upsamples[:-2]):
             x_BTHWC = layer(x_BTHWC, walk)
+        given = [self.upsamples[-2].blocks(x_BTHWC, walk), x_BTHWC]
+        del x_BTHWC
+        # two convolutions of each block and the head's, of rows half as high, and the one behind the doubling
+        reach, rows_each = len(self.upsamples[-1].upsamples) + 1, given[0].shape[2] // z_BFHWC.shape[2]
+        return walk.spatial.by_rows(self._last, given, walk, rows_each, reach)
+
+    def _last(self, given: list[Tensor], walk: Walk) -> tuple[Tensor, Tensor | None]:
+        """The last doubling, the last stage and the head of (x, the doubled stage's input), which are taken out of `given`."""
+        beside_BTHWC, y_BTHWC = given.pop(), given.pop()
+        x_BTHWC = self.upsamples[-2].double(y_BTHWC, beside_BTHWC, walk)
+        del y_BTHWC, beside_BTHWC
+        x_BTHWC = self.upsamples[-1](x_BTHWC, walk)
         return self.head["2"].apart(walk.activate(x_BTHWC, self.head["0"].gamma), walk)
 
 

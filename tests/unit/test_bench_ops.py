@@ -48,6 +48,8 @@ def test_decoding_is_measured_by_parts(tmp_path):
     entries = bench_vae(VaeSettings(model="tiny", groups=(0, 4), height=32, width=32, repeats=1), tmp_path / "vae.json", lines.append, device=CPU)
     assert [entry["group"] for entry in entries] == [0, 4] and all(entry["parts"] and entry["ms_per_chunk"] > 0 for entry in entries)
     assert any("convolutions" in line for line in lines)
+    (tiled,) = bench_vae(VaeSettings(model="tiny", height=32, width=32, tile_rows=1, repeats=1), None, lines.append, device=CPU)
+    assert "tiles of 1 latent rows" in lines[-1] and tiled["tile_rows"] == 1 and tiled["parts"] != entries[0]["parts"]
 
 
 @pytest.mark.parametrize("words", [["fused", "--repeats", "1"], ["vae", "--repeats", "1"]])
