@@ -155,6 +155,12 @@ def _distillation(c: Config) -> str | None:
         if t.critic_reuses_rollout and t.gradient_accumulation_steps > 1:
             several = f"training.gradient_accumulation_steps({t.gradient_accumulation_steps})"
             return f"{several} with streaming_frames: films have gone on before the critic sees a rollout; set critic_reuses_rollout: false"
+    a = c.algorithm
+    if a.regression_steps:
+        if (a.real_score_mask or ("teacher_forced" if a.teacher_forcing else None)) != "teacher_forced":
+            return f"algorithm.regression_steps({a.regression_steps}): the teacher answers for a chunk behind clean ones; set real_score_mask: teacher_forced"
+        if t.streaming_frames or not a.backward_simulation:
+            return f"algorithm.regression_steps({a.regression_steps}) needs streaming_frames: 0 and backward_simulation: true; use regression_steps: 0"
     if n % p:
         return f"num_frame_per_block({n}) % sequence_parallel_size({p}) = {n % p}, not 0: ranks share every chunk of a rollout; use 1, 2, 4 or 8"
     if not c.algorithm.backward_simulation and c.data.data_path is None:

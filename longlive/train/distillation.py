@@ -34,7 +34,7 @@ from .cast import CRITIC, STUDENT, AdapterView, Cast, Merged, Stepper, Voice, ma
 from .clips import Words
 from .compiled import RotatedAhead, checkpoint_blocks, compile_blocks
 from .distillation_memory import distillation_memory
-from .dmd import critic_loss, dmd_gradient, dmd_loss, draw_timesteps, guided, off_policy_levels, score_timesteps
+from .dmd import dmd_gradient, dmd_loss, draw_timesteps, guided, off_policy_levels, score_timesteps, velocity_loss
 from .evaluate import Evaluator
 from .export import save_generator
 from .films import Films, FilmSource, film_dtype, open_films
@@ -188,7 +188,8 @@ class DistillationTask:
         chunks = self._chunks(self.config.training.num_training_frames)
         exits = self._exits([self.schedule.steps - 1] * chunks)
         for role in self.roles:
-            draw = Draw(torch.Generator(self.device).manual_seed(0), torch.Generator().manual_seed(0), 0.0, player=role.name)
+            generators = torch.Generator(self.device).manual_seed(0), torch.Generator().manual_seed(0)
+            draw = Draw(*generators, 0.0, step=self.config.algorithm.regression_steps, player=role.name)
             yield Step(draw, self.films.example(0, chunks), chunks, exits)
 
     def batch(self, draw: Draw) -> Step:
@@ -243,6 +244,8 @@ class DistillationTask:
         if self.config.training.critic_reuses_rollout:
             self._kept = {at: kept for at, kept in self._kept.items() if at[0] == step.draw.step}
             self._kept[step.draw.step, step.draw.micro] = (step, Rolled(x.detach(), rolled.read_BFCHW))
+        if step.draw.step < self.config.algorithm.regression_steps:
+            return self._answer_loss(step, rolled)
         film, noised = self._shown(step, rolled)
         with torch.no_grad(), self._phase():
             fake = self._clean(self.cast.critic, step, film, noised, self.config.algorithm.fake_guidance_scale)
@@ -251,6 +254,24 @@ class DistillationTask:
         gradient = dmd_gradient(made, real, fake, mask_BF, self.config.chunk_frames)
         self.cast.student.speak()
         return dmd_loss(x, gradient, mask_BF), {"dmdtrain_gradient_norm": gradient.abs().mean(), "distance": (made - real).abs().mean()}
+
+    def _answer_loss(self, step: Step, rolled: Rolled) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`algorithm.regression_steps`: the student's velocity at its exits against that of the guided teacher, of the same noisy chunks and history."""
+        x, asked, known_BF = rolled.x_BFCHW, rolled.asked_BFCHW, self._known_BF(step)
+        told_BF, level_BF = self._at_exits(step, self.schedule.model_sigma, known_BF), self._at_exits(step, self.schedule.sigmas.__getitem__, known_BF)
+        mask = known_BF.logical_not().float()
+        mask[:, : step.exits.first_with_gradients * self.config.chunk_frames] = 0
+        shown = Noised(x.detach(), rolled.read_BFCHW, asked, asked, told_BF.masked_fill(known_BF, 0.0), mask)
+        with torch.no_grad(), self._phase():
+            real = self._clean(self.cast.teacher, step, self._film(step), shown, self.config.algorithm.real_guidance_scale)
+        self.cast.student.speak()
+        mine, wanted = ((asked - clean) / level[..., None, None, None] for clean, level in ((x, level_BF), (real, told_BF)))
+        return velocity_loss(mine, wanted, mask), {"distance": (x.detach() - real).abs().mean()}
+
+    def _at_exits(self, step: Step, level: Callable[[int], float], known_BF: torch.Tensor) -> torch.Tensor:
+        """[B, F], float64: `level` of the step at which a frame's chunk leaves."""
+        levels = torch.tensor([level(exit) for exit in step.exits.steps], dtype=torch.float64)
+        return levels.repeat_interleave(self.config.chunk_frames).to(known_BF.device, non_blocking=True).expand_as(known_BF)
 
     def _critic_loss(self, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         kept = self._kept.pop((step.draw.step, step.draw.micro), None)
@@ -263,7 +284,7 @@ class DistillationTask:
         with self._phase(cached=True):
             dit = self.cast.critic.speak()
             velocity = self._score(self.cast.critic, dit, step.films.words, film, (noised.noisy_BFCHW, noised.sigma_BF, noised.read_BFCHW))
-        return critic_loss(velocity, noised.noise_BFCHW - noised.x_BFCHW, noised.mask_BF), {}
+        return velocity_loss(velocity, noised.noise_BFCHW - noised.x_BFCHW, noised.mask_BF), {}
 
     def _phase(self, cached: bool = False) -> AbstractContextManager:
         """Precision of forwards. Casts of weights may only be kept where all forwards inside have gradients, or have none of the weights that learn."""

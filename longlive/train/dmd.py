@@ -54,8 +54,8 @@ def dmd_loss(x_BFCHW: torch.Tensor, gradient_BFCHW: torch.Tensor, mask_BF: torch
     return 0.5 * (error_BF * mask_BF).sum() / mask_BF.sum().clamp(min=1)
 
 
-def critic_loss(velocity_BFCHW: torch.Tensor, target_BFCHW: torch.Tensor, mask_BF: torch.Tensor) -> torch.Tensor:
-    """Mean (v - (noise - x))^2 over the frames of the mask, on the velocity itself (D8)."""
+def velocity_loss(velocity_BFCHW: torch.Tensor, target_BFCHW: torch.Tensor, mask_BF: torch.Tensor) -> torch.Tensor:
+    """Mean (v - target)^2 over the frames of the mask, on the velocity itself (D8). The critic's target is noise - x."""
     wide = torch.promote_types(velocity_BFCHW.dtype, torch.float32)
     error_BF = (velocity_BFCHW.to(wide) - target_BFCHW).square().mean((2, 3, 4))
     return (error_BF * mask_BF).sum() / mask_BF.sum().clamp(min=1)

@@ -82,10 +82,12 @@ class Standing:
 
 
 class Rolled(NamedTuple):
-    """`x_BFCHW`: latents at the exits, float32, with their graph; `read_BFCHW`: what was committed, or would have been, constants."""
+    """`x_BFCHW`: latents at the exits, float32, with their graph. Constants: `read_BFCHW`, what was committed, or would have been; `asked_BFCHW`, the
+    noisy latents that were asked about at the exits (None off-policy)."""
 
     x_BFCHW: torch.Tensor
     read_BFCHW: torch.Tensor
+    asked_BFCHW: torch.Tensor | None = None
 
 
 class StudentRollout:
@@ -128,19 +130,20 @@ class StudentRollout:
         """
         chunks, f = script.chunks, self.settings.chunk_frames
         start = self._open(noise_BFCHW, chunks, Pages if stepper is None or stepper.recorded is None else stepper.recorded.pages)
-        films, read, levels = [], [], {}
+        films, read, noisy, levels = [], [], [], {}
         for number in range(chunks):
             rows_B, learns = script.prompt_Bc[:, number], torch.is_grad_enabled() and number >= exits.first_with_gradients
             asked = Asked(self.dit, text.select(rows_B)) if learns or stepper is None else None
             free = asked if stepper is None else stepper.asked(rows_B, levels)
             run = _Chunk(self, start + number, [bool(row[number]) for row in script.cuts_Bc], noise_BFCHW, known, asked, free)
-            x, clean = run.sample(wide(noise_BFCHW[:, number * f : (number + 1) * f]), exits, number)
+            x, clean, at_exit = run.sample(wide(noise_BFCHW[:, number * f : (number + 1) * f]), exits, number)
             films.append(x)
             read.append(clean)
+            noisy.append(at_exit)
             if more or number + 1 < chunks:
                 run.commit(clean if before_commit is None else run.known.clamp(before_commit(number, clean)), commit_level)
             self.standing = run.closed
-        return Rolled(torch.cat(films, dim=1), torch.cat(read, dim=1))
+        return Rolled(torch.cat(films, dim=1), torch.cat(read, dim=1), torch.cat(noisy, dim=1))
 
     def _open(self, noise: torch.Tensor, chunks: int, room: Callable[..., Pages]) -> int:
         """Makes `room` for `chunks` more chunks beside the ones that are still seen, and returns the first free slot."""
@@ -277,8 +280,8 @@ class _Chunk:
         told = self.rollout.layout.shard(told, self.rollout.mesh.sp_rank)
         return told if kept is None else kept.setdefault(key, asked.dit.levels(told))
 
-    def sample(self, noise: torch.Tensor, exits: Exits, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chunk's clean latents at its exit step, and those that are to be committed."""
+    def sample(self, noise: torch.Tensor, exits: Exits, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The chunk's clean latents at its exit step, those that are to be committed, and the noisy ones that the exit step began from."""
         schedule, attend, velocities, x = self.rollout.schedule, self.attends[0], [], self.known.clamp(noise)
         step = exits.steps[number]
         with torch.no_grad():
@@ -289,15 +292,15 @@ class _Chunk:
         with torch.set_grad_enabled(wanted):
             velocity = self._ask(self.asked if wanted else self.free, x, schedule.model_sigma(step), attend)
             level = (exits.levels or schedule.sigmas)[step]
-            clean = self.known.clamp(x - level * velocity)
+            clean, at_exit = self.known.clamp(x - level * velocity), x
         if not exits.finish or step + 1 == schedule.steps:
-            return clean, clean.detach()
+            return clean, clean.detach(), at_exit
         with torch.no_grad():
             velocities.append(velocity.detach())
             for later in range(step + 1, schedule.steps):
                 x = self.known.clamp(combine(noise, velocities, schedule.rows[later - 1]))
                 velocities.append(self._ask(self.free, x, schedule.model_sigma(later), attend))
-            return clean, self.known.clamp(combine(noise, velocities, schedule.rows[-1]))
+            return clean, self.known.clamp(combine(noise, velocities, schedule.rows[-1])), at_exit
 
     @torch.no_grad()
     def commit(self, clean_BFCHW: torch.Tensor, level: float) -> None:

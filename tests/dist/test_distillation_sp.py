@@ -8,7 +8,7 @@ from sp_toys import CUTS, HEIGHT, WIDTH, toy_dit
 from longlive.engine.rollout import RolloutSettings
 from longlive.parallel.mesh import Mesh
 from longlive.train.compiled import checkpoint_blocks
-from longlive.train.dmd import critic_loss, dmd_gradient, dmd_loss, guided
+from longlive.train.dmd import dmd_gradient, dmd_loss, guided, velocity_loss
 from longlive.train.scores import score
 from longlive.train.simulation import Exits, Script, Stepping, StudentRollout
 from longlive.train.teacher_forcing import Film, frame_positions
@@ -33,7 +33,7 @@ def step(mask, player, mesh):
     with torch.set_grad_enabled(player == "student"):
         rollout = StudentRollout(dit, SETTINGS, mesh=mesh)
         exits, stepper = Exits(steps=(1, 0, 1, 1), first_with_gradients=1), Stepping(dit, dit.text(embeds)) if mask == "causal" else None
-        x, _ = rollout.run(noise, Script(cuts_Bc=cuts, prompt_Bc=prompt), dit.text(embeds), exits, stepper=stepper)
+        x = rollout.run(noise, Script(cuts_Bc=cuts, prompt_Bc=prompt), dit.text(embeds), exits, stepper=stepper).x_BFCHW
     film = Film(prompt, frame_positions(cuts, F, 3.0))
     sigma = drawn(3, BATCH, CHUNKS).sigmoid().repeat_interleave(F, 1)
     noisy = (1 - sigma[..., None, None, None]) * x.detach() + sigma[..., None, None, None] * other
@@ -44,7 +44,7 @@ def step(mask, player, mesh):
         return score(dit, dit.text(embeds), Film(rows, film.position_BF), mask, noisy, sigma, x.detach(), mesh=mesh)
 
     if player == "critic":
-        loss = critic_loss(said(prompt), other - x.detach(), mask_BF)
+        loss = velocity_loss(said(prompt), other - x.detach(), mask_BF)
     else:
         with torch.no_grad():
             real = guided(*(noisy - sigma[..., None, None, None] * said(rows) for rows in (prompt, torch.full_like(prompt, BATCH * CHUNKS))), 3.0)

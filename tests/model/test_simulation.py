@@ -73,7 +73,7 @@ def test_a_sample_does_not_depend_on_the_cuts_of_another():
     dit, x = toy_dit(), simulated(toy_dit())
     rollout = StudentRollout(dit, SETTINGS)
     one = Script(cuts_Bc=CUTS[1:], prompt_Bc=torch.arange(CHUNKS, 2 * CHUNKS)[None])
-    alone, _ = rollout.run(noise()[1:], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS))
+    alone = rollout.run(noise()[1:], one, text_of(dit), Exits(steps=(LAST,) * CHUNKS)).x_BFCHW
     torch.testing.assert_close(alone, x[1:])
 
 

@@ -20,7 +20,7 @@ from ...models.spec import DiTDims
 from ...models.wan_dit import WanDiT
 from ...ops.attention import attention
 from ...ops.rope import apply_rope
-from ...train.dmd import critic_loss, dmd_gradient, dmd_loss, guided, score_timesteps
+from ...train.dmd import dmd_gradient, dmd_loss, guided, score_timesteps, velocity_loss
 from ...train.scores import score
 from ...train.simulation import Exits, Script, StudentRollout
 from ...train.teacher_forcing import Film, frame_positions
@@ -141,7 +141,7 @@ def run(entry: Entry) -> dict[str, torch.Tensor]:
     noisy = step.noisy(x.detach(), timestep)
     if critic:
         target = step.given["score_noise"][:, : step.frames] - x
-        loss = critic_loss(step.velocity(step.critic, noisy, timestep, prompts), target, step.mask_BF)
+        loss = velocity_loss(step.velocity(step.critic, noisy, timestep, prompts), target, step.mask_BF)
         learner = step.critic
     else:
         with torch.no_grad():

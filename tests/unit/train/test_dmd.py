@@ -5,7 +5,7 @@ import torch
 
 from longlive.diffusion.flow import train_table
 from longlive.diffusion.samplers import unipc
-from longlive.train.dmd import critic_loss, dmd_gradient, dmd_loss, draw_timesteps, guided, off_policy_levels, score_timesteps
+from longlive.train.dmd import dmd_gradient, dmd_loss, draw_timesteps, guided, off_policy_levels, score_timesteps, velocity_loss
 from longlive.train.simulation import Exits
 
 SHAPE = (2, 4, 3, 2, 2)
@@ -57,9 +57,9 @@ def test_the_critic_learns_on_its_velocity():
     """D8: a velocity that is right to the last bit of bfloat16 costs nothing, at any level."""
     target = films(1, dtype=torch.float32)[0].bfloat16()
     mask = torch.ones(SHAPE[:2])
-    assert critic_loss(target, target.float(), mask) == 0
+    assert velocity_loss(target, target.float(), mask) == 0
     mask[0] = 0
-    torch.testing.assert_close(critic_loss(target + 1, target.float(), mask), (target + 1 - target.float()).float()[1].square().mean())
+    torch.testing.assert_close(velocity_loss(target + 1, target.float(), mask), (target + 1 - target.float()).float()[1].square().mean())
 
 
 def test_guidance_of_3_is_4_by_the_usual_count():
