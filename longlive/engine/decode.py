@@ -181,6 +181,7 @@ class SideStream(Inline):
     def restore(self, state) -> None:
         self.side.synchronize()
         self.under_way.clear()
+        self.side.wait_stream(torch.cuda.current_stream(self.device))  # `state` is a copy that may still be queued there
         with torch.cuda.stream(self.side):  # so that the copy's memory belongs to the stream that reads it
             super().restore(state)
         self.side.synchronize()
