@@ -77,6 +77,16 @@ class Selection:
         return blocks[: self.skip_first] + (blocks[-self.skip_last :] if self.skip_last else [])
 
 
+def unfit(backend: Backend, selection: Selection, name: str, layer: nn.Linear) -> str | None:
+    """Why `backend` leaves a selected layer as it is, in training as in generation; None: it takes it."""
+    if selection.default and filtered([name], backend.spares):
+        return f"{backend.name} spares it"
+    step = MULTIPLES.get(backend.name, 1)
+    if layer.in_features % step or layer.out_features % step:
+        return f"{layer.in_features} -> {layer.out_features} are not both multiples of {step}"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearConverter:
     """Quantises the selected layers for `backend`, less those that it spares; what is `given` is never spared.
@@ -107,7 +117,7 @@ class LinearConverter:
         converted, kept, before, after = {}, {}, 0, 0
         for name in [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
             layer = model.get_submodule(name)
-            reason = "not selected" if name not in chosen else None if name in given else self._unfit(name, layer)
+            reason = "not selected" if name not in chosen else None if name in given else unfit(self.backend, self.selection, name, layer)
             if reason is not None:
                 kept[name] = reason
                 continue
@@ -120,14 +130,6 @@ class LinearConverter:
         if not converted:
             raise ConfigError(f"no selected layer fits {self.backend.name}: {next(iter(kept.values()))}; run in bf16")
         return ConversionReport(backend=self.backend.name, converted=converted, kept=kept, bytes_before=before, bytes_after=after)
-
-    def _unfit(self, name: str, layer: nn.Linear) -> str | None:
-        if self.selection.default and filtered([name], self.backend.spares):
-            return f"{self.backend.name} spares it"
-        step = MULTIPLES.get(self.backend.name, 1)
-        if layer.in_features % step or layer.out_features % step:
-            return f"{layer.in_features} -> {layer.out_features} are not both multiples of {step}"
-        return None
 
     def _layer(self, name: str, layer: nn.Linear, given: PackedTensor | None) -> nn.Module:
         if self.prepare is not None:

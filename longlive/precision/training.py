@@ -27,7 +27,8 @@ from ..ops import fp4_matmul, nvfp4
 from ..ops.fp4_training import DGRAD, WGRAD, Recipe, input_gradient, quantised_part, times, weight_gradient
 from ..ops.fp8_matmul import MULTIPLE, fp8_product, quantised_rows
 from ..ops.nvfp4 import NVFP4
-from .converter import ConversionReport, Selection
+from .backends import BACKENDS, FP8
+from .converter import ConversionReport, Selection, unfit
 from .linear import EmulatedLinear
 
 NVFP4_TRAINED, NVFP4_FROZEN, FP8_TRAINED = "nvfp4 trained", "nvfp4 frozen", "fp8 trained"
@@ -189,7 +190,10 @@ class _Fp8Product(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConverter:
-    """Makes the selected layers of a network train in `kind`. `frozen`: packed weights without masters. Satisfies `converter.Converter`."""
+    """Makes the selected layers of a network train in `kind`, in FP8 less those that FP8 spares. `frozen`: packed weights without masters.
+
+    Satisfies `converter.Converter`.
+    """
 
     kind: str
     recipe: Recipe = Recipe()
@@ -202,8 +206,9 @@ class TrainingConverter:
         names, kept, before, after = self.selection.names(model, spec), {}, 0, 0
         for name in list(names):
             layer = model.get_submodule(name)
-            if self.kind == FP8_TRAINED and (layer.in_features % MULTIPLE or layer.out_features % MULTIPLE):
-                kept[name] = f"{layer.in_features} -> {layer.out_features} are not both multiples of {MULTIPLE}"
+            reason = unfit(BACKENDS[FP8], self.selection, name, layer) if self.kind == FP8_TRAINED else None
+            if reason is not None:
+                kept[name] = reason
                 names.remove(name)
                 continue
             new = self._layer(layer)

@@ -15,6 +15,8 @@ from longlive.ops import nvfp4
 from longlive.ops.fp4_training import DGRAD, WGRAD, Recipe, weight_gradient
 from longlive.ops.hadamard import hadamard
 from longlive.ops.random_bits import counter_bits
+from longlive.precision.backends import BACKENDS, FP8
+from longlive.precision.converter import LinearConverter, Selection
 from longlive.precision.training import FP8_TRAINED, NVFP4_FROZEN, NVFP4_TRAINED, TRAINED_AS, Fp8Trained, Moment, Nvfp4Frozen, Nvfp4Trained, TrainingConverter
 
 K, N, M = 64, 48, 40
@@ -186,7 +188,7 @@ def test_a_network_is_converted_with_its_names_and_takes_lora(kind, frozen):
     before = set(dit.state_dict())
     converter = TrainingConverter(kind=kind, frozen=frozen)
     report = converter.convert(dit, TINY)
-    assert len(report.converted) == 10 * DIMS.layers and json.loads(converter.metadata()[TRAINED_AS])["kind"] == kind
+    assert len(report.converted) == (8 if kind == FP8_TRAINED else 10) * DIMS.layers and json.loads(converter.metadata()[TRAINED_AS])["kind"] == kind
     if not frozen:
         assert set(dit.state_dict()) == before
     assert len(attach(dit, TINY, rank=2)) == 20 * DIMS.layers
@@ -195,6 +197,14 @@ def test_a_network_is_converted_with_its_names_and_takes_lora(kind, frozen):
     assert dit.blocks[0].ffn[0].lora[0].b.grad is not None
     dit.to(torch.bfloat16)
     assert dit.blocks[0].ffn[0](x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_fp8_trains_the_layers_that_it_generates_with(default):
+    selection = Selection(filtered=("blocks.1.ffn.0",), default=default)
+    trained = TrainingConverter(kind=FP8_TRAINED, selection=selection).convert(WanDiT(DIMS), TINY)
+    served = LinearConverter(backend=BACKENDS[FP8], selection=selection).convert(WanDiT(DIMS), TINY)
+    assert list(trained.converted) == list(served.converted) and ("blocks.0.cross_attn.k" in trained.converted) == (not default)
 
 
 @pytest.mark.parametrize("kind", [NVFP4_TRAINED, FP8_TRAINED])
