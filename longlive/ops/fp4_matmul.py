@@ -8,6 +8,8 @@ Legend: B independent tensors with an amax each, M rows of activations, N output
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +29,14 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.to(torch.float32) @ b.to(torch.float32).t()
 
 
+def wide_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same of a batch: [B, M, N] of [B, M, K] and [B, N, K]."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda:
+            return torch.bmm(a.to(torch.bfloat16), b.to(torch.bfloat16).transpose(1, 2), out_dtype=torch.float32)
+        return a.to(torch.float32) @ b.to(torch.float32).transpose(1, 2)
+
+
 def quantised_activation(x: torch.Tensor, rule: str, amax: torch.Tensor | None = None, seed: int | None = None) -> NVFP4:
     """`x` [B, M, K] in NVFP4 with an amax for each of B (`amax` float32 [B]: of a whole of which x is a part); no wait for the device, NaN stays NaN.
 
@@ -38,6 +48,19 @@ def quantised_activation(x: torch.Tensor, rule: str, amax: torch.Tensor | None =
         return quantise_fused(x, rule_named(rule), amax=amax, seed=seed)
     bits = None if seed is None else counter_bits(seed, x.shape, device=x.device)
     return nvfp4.quantise(x, rule, amax=amax, bits=bits, on_nonfinite="nan")
+
+
+def quantised_weight(w: torch.Tensor, rule: str, tile: int) -> NVFP4:
+    """`nvfp4.quantise(w, rule, tile=tile, on_nonfinite="nan")` of w [N, K]; no wait for the device."""
+    if fused_fp8(w) and not (w.shape[0] % GROUP or w.shape[1] % GROUP):
+        from .triton_fp4 import quantise_fused
+        from .triton_fp4_training import tiles_fused
+
+        if tile == GROUP:
+            return tiles_fused(w, rule_named(rule))
+        t = quantise_fused(w[None], rule_named(rule))
+        return replace(t, codes=t.codes[0], scales=t.scales[0], amax=t.amax[0], shape=tuple(w.shape))
+    return nvfp4.quantise(w, rule, tile=tile, on_nonfinite="nan")
 
 
 def _unpacks(t: NVFP4) -> bool:

@@ -25,13 +25,17 @@ def hadamard_matrix(device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
 
 def hadamard(x: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
-    """`x` [..., K] with every block of 16 values along K turned; sums in float32, result in the dtype of `x`.
+    """`x` [..., K] with every block of 16 values along K turned; result in the dtype of `x`.
 
+    Sums run in float32 (float64 for float64), as four rounds of sums and differences of values 1, 2, 4 and 8 apart: the same bits on every device.
     Raises InputError when K is no multiple of 16: zeros that fill a block would be turned into values.
     """
     if x.shape[-1] % SIZE:
         raise InputError(f"the Hadamard transform turns blocks of {SIZE} values and a row has {x.shape[-1]}; pad both sides of the product with zeros first")
-    matrix = hadamard_matrix(x.device, torch.promote_types(x.dtype, torch.float32))
-    blocks = x.unflatten(-1, (-1, SIZE)).to(matrix.dtype)
-    with torch.autocast(x.device.type, enabled=False):  # which would narrow the sums
-        return (blocks @ (matrix.T if inverse else matrix)).flatten(-2).to(x.dtype)
+    blocks = x.unflatten(-1, (-1, SIZE)).to(torch.promote_types(x.dtype, torch.float32))
+    signs = hadamard_matrix(x.device, blocks.dtype)[:, 0]  # with the factor 1 / 4
+    blocks = blocks if inverse else blocks * signs
+    for apart in (1, 2, 4, 8):
+        first, second = blocks.unflatten(-1, (-1, 2, apart)).unbind(-2)
+        blocks = torch.stack((first + second, first - second), -2).flatten(-3)
+    return (blocks * signs if inverse else blocks).flatten(-2).to(x.dtype)

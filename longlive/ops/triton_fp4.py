@@ -76,6 +76,31 @@ def e2m1_stochastic(y, chance):
 
 
 @triton.jit
+def floor_power(m):
+    """The power of two at or below max(m, 1): numbers near m lie half of it apart."""
+    return (tl.maximum(m, 1.0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def nearest(y):
+    """`e2m1_value(e2m1(y))`: a sum with a number whose last bit is the distance of neighbours rounds as the codes do, ties to even."""
+    m = tl.minimum(tl.abs(y), 6.0)
+    large = floor_power(m) * 4194304.0
+    m = (m + large) - large
+    return m * tl.where(y < 0.0, -1.0, 1.0)  # the sign of zero stays
+
+
+@triton.jit
+def nearest_at_random(y, chance):
+    """`e2m1_value(e2m1_stochastic(y, chance))`; all but the comparison is exact."""
+    m = tl.minimum(tl.abs(y), 6.0)
+    below = tl.where(m < 1.0, tl.where(m < 0.5, 0.0, 0.5), (m.to(tl.int32, bitcast=True) & -4194304).to(tl.float32, bitcast=True))
+    step = floor_power(m) * 0.5
+    m = tl.where(chance * step < m - below, below + step, below)
+    return m * tl.where(y < 0.0, -1.0, 1.0)  # the sign of zero stays
+
+
+@triton.jit
 def candidate(largest, scale, factor, E: tl.constexpr, UP: tl.constexpr):
     """(E4M3 bits, value, factor on the data) of groups with the largest magnitude `largest`; UP: the scale is rounded up."""
     wanted = tl.div_rn(largest, E) * scale * factor
@@ -88,13 +113,21 @@ def candidate(largest, scale, factor, E: tl.constexpr, UP: tl.constexpr):
 
 
 @triton.jit
+def quotient(x, D: tl.constexpr):
+    """x / D, correctly rounded, for D = E M of a rule and |x| of at least 2^-125: the product with the inverse, mended by its remainder. Infinity stays."""
+    INVERSE: tl.constexpr = 1.0 / D
+    near = x * INVERSE
+    return tl.where(finite(x), tl.fma(tl.fma(near, -D, x), INVERSE, near), x)
+
+
+@triton.jit
 def error_term(x, inverse, value, amax, PRODUCT: tl.constexpr, MEASURE: tl.constexpr):
-    kept = tl.div_rn(e2m1_value(e2m1(x * inverse)) * value * amax, PRODUCT)
-    apart = kept - x
+    kept = nearest(x * inverse) * value * amax
     if MEASURE == 1:
+        apart = quotient(kept, PRODUCT) - x  # where the quotient is one bit off, the square is 0 or that of x
         term = apart * apart
     else:
-        term = tl.abs(apart)
+        term = tl.abs(tl.div_rn(kept, PRODUCT) - x)
     return term
 
 

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import ConfigError
-from ..ops import fp4_matmul, nvfp4
-from ..ops.fp4_training import DGRAD, WGRAD, Recipe, input_gradient, quantised_part, times, weight_gradient
+from ..ops import nvfp4
+from ..ops.fp4_matmul import quantised_weight
+from ..ops.fp4_training import DGRAD, WGRAD, Recipe, coded, input_gradient, largest, of_packed, times, weight_gradient
 from ..ops.fp8_matmul import MULTIPLE, fp8_product, quantised_rows
 from ..ops.nvfp4 import NVFP4
 from .backends import BACKENDS, FP8
@@ -93,7 +94,7 @@ class Nvfp4Trained(TrainedLinear):
         """The weights of this optimizer step in NVFP4."""
         version = self.moment.weights, self.weight._version
         if self._packed is None or self._packed[:2] != version or self._packed[2].device != self.weight.device:
-            made = nvfp4.quantise(self.weight, self.recipe.weight_rule, tile=self.recipe.tile, on_nonfinite="nan")
+            made = quantised_weight(self.weight, self.recipe.weight_rule, self.recipe.tile)
             self._packed = (*version, made)
         return self._packed[2]
 
@@ -105,23 +106,23 @@ class Nvfp4Trained(TrainedLinear):
 class _Nvfp4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BMK: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: Nvfp4Trained, dtype: torch.dtype) -> torch.Tensor:
-        packed, x = layer.packed(), x_BMK.to(dtype)
+        packed, x, recipe = layer.packed(), x_BMK.to(dtype), layer.recipe
+        amax, ctx.turned = largest(x, recipe, tokens=ctx.needs_input_grad[1])
         ctx.layer, ctx.packed, ctx.seed, ctx.input = layer, packed, layer.moment.seed, x_BMK.dtype
-        ctx.save_for_backward(x, weight if layer.recipe.tile == 1 else None)
-        a = quantised_part(x, layer.recipe.activation_rule, layer.moment.reduce)
-        y = times(a, fp4_matmul.products(packed), packed.decode_scale)
-        return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
+        ctx.save_for_backward(x, weight if recipe.tile == 1 else None)
+        return times(coded(x, recipe.activation_rule, amax, layer.moment.reduce), of_packed(packed), bias, dtype)
 
     @staticmethod
     def backward(ctx, dy_BMN: torch.Tensor):
         layer, (x, weight) = ctx.layer, ctx.saved_tensors
         recipe, reduce = layer.recipe, layer.moment.reduce
         moment = Moment(seed=ctx.seed)
+        amax, turned = largest(dy_BMN, recipe, tokens=ctx.needs_input_grad[1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = input_gradient(dy_BMN, ctx.packed, weight, recipe, moment.seed_of(layer.number, DGRAD), reduce).to(ctx.input)
+            dx = input_gradient(dy_BMN, amax, ctx.packed, weight, recipe, moment.seed_of(layer.number, DGRAD), reduce, ctx.input)
         if ctx.needs_input_grad[1]:
-            dw = weight_gradient(dy_BMN, x, recipe, moment.seed_of(layer.number, WGRAD), reduce).to(layer.weight.dtype)
+            dw = weight_gradient(dy_BMN, x, turned, ctx.turned, recipe, moment.seed_of(layer.number, WGRAD), reduce).to(layer.weight.dtype)
         if ctx.needs_input_grad[2]:
             db = dy_BMN.sum((0, 1), dtype=torch.float32).to(layer.bias.dtype)
         return dx, dw, db, None, None
@@ -147,14 +148,15 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BMK: torch.Tensor, layer: Nvfp4Frozen, dtype: torch.dtype) -> torch.Tensor:
         ctx.layer, ctx.seed, ctx.input = layer, layer.moment.seed, x_BMK.dtype
-        a = quantised_part(x_BMK.to(dtype), layer.recipe.activation_rule, layer.moment.reduce)
-        return layer.multiply(a, dtype)
+        x, recipe = x_BMK.to(dtype), layer.recipe
+        a = coded(x, recipe.activation_rule, largest(x, recipe, tokens=False)[0], layer.moment.reduce)
+        return times(a, of_packed(layer.weight4()), layer.bias, dtype)
 
     @staticmethod
     def backward(ctx, dy_BMN: torch.Tensor):
-        layer = ctx.layer
-        seed = Moment(seed=ctx.seed).seed_of(layer.number, DGRAD)
-        return input_gradient(dy_BMN, layer.weight4(), None, layer.recipe, seed, layer.moment.reduce).to(ctx.input), None, None
+        layer, recipe = ctx.layer, ctx.layer.recipe
+        seed, amax = Moment(seed=ctx.seed).seed_of(layer.number, DGRAD), largest(dy_BMN, recipe, tokens=False)[0]
+        return input_gradient(dy_BMN, amax, layer.weight4(), None, recipe, seed, layer.moment.reduce, ctx.input), None, None
 
 
 class Fp8Trained(TrainedLinear):

@@ -11,8 +11,8 @@ from torch import nn
 from longlive.models.lora import attach
 from longlive.models.spec import TINY, DiTDims
 from longlive.models.wan_dit import WanDiT
-from longlive.ops import nvfp4
-from longlive.ops.fp4_training import DGRAD, WGRAD, Recipe, weight_gradient
+from longlive.ops import fp4_training, nvfp4
+from longlive.ops.fp4_training import DGRAD, WGRAD, Recipe, largest, weight_gradient
 from longlive.ops.hadamard import hadamard
 from longlive.ops.random_bits import counter_bits
 from longlive.precision.backends import BACKENDS, FP8
@@ -41,6 +41,10 @@ def run(layer, x, dy):
     y = layer(x)
     y.backward(dy)
     return y.detach(), x.grad, layer.weight.grad if "weight" in dict(layer.named_parameters()) else None, layer.bias.grad
+
+
+def gradient_of_weight(dy, x, recipe, seed):
+    return weight_gradient(dy, x, largest(dy, recipe)[1], largest(x, recipe)[1], recipe, seed, None)
 
 
 def values(x, rule, tile=1, bits=None):
@@ -96,12 +100,22 @@ def test_stochastic_gradients_are_unbiased_and_nearest_ones_are_not_averaged_awa
     x_turned = values(hadamard(torch.nn.functional.pad(x, (0, 0, 0, -M % 16)).transpose(1, 2).contiguous()), "mse")
     dy_turned = hadamard(torch.nn.functional.pad(dy, (0, 0, 0, -M % 16)).transpose(1, 2).contiguous()).double()
     right = (dy_turned @ x_turned.transpose(1, 2))[0]
-    all_draws = torch.stack([weight_gradient(dy, x, recipe, seed, None).double() for seed in range(draws)])
+    all_draws = torch.stack([gradient_of_weight(dy, x, recipe, seed).double() for seed in range(draws)])
     mean, sigma = all_draws.mean(0), all_draws.std(0) / draws**0.5
     assert ((mean - right).abs() < 5 * sigma).all() and ((mean - right) / sigma).square().mean() < 1.3
     assert abs((mean * right).sum() / right.square().sum() - 1) < 2e-3
-    nearest = weight_gradient(dy, x, Recipe(gradient_rule="mse", stochastic=False), 0, None).double()
+    nearest = gradient_of_weight(dy, x, Recipe(gradient_rule="mse", stochastic=False), 0).double()
     assert ((nearest - right).abs() > 5 * sigma).float().mean() > 0.3
+
+
+def test_samples_taken_in_turns_and_tokens_shared_out_add_up_to_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(3, 64, K, generator=generator), torch.randn(3, 64, N, generator=generator)
+    whole = gradient_of_weight(dy, x, Recipe(), 7)
+    monkeypatch.setattr(fp4_training, "PART_BYTES", 2 * 4 * N * K)
+    monkeypatch.setattr(fp4_training, "SHARE_TOKENS", 16)
+    assert fp4_training._shares(2, 64, N, K) == 4
+    torch.testing.assert_close(gradient_of_weight(dy, x, Recipe(), 7), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_the_straight_through_gradient_is_that_of_the_dequantised_products():

@@ -93,5 +93,6 @@ def test_the_hadamard_transform_is_orthogonal_and_cancels_in_a_product():
     difference = hadamard(x) @ hadamard(y).T - x @ y.T
     assert difference.norm() < 1e-6 * (x @ y.T).norm()
     assert torch.allclose(hadamard(hadamard(x), inverse=True), x, atol=1e-6)
+    assert torch.allclose(hadamard(x), (x.unflatten(-1, (-1, 16)) @ matrix).flatten(-2), atol=1e-6)
     with pytest.raises(InputError, match="blocks of 16"):
         hadamard(torch.zeros(2, 24))
