@@ -82,12 +82,17 @@ def floor_power(m):
 
 
 @triton.jit
-def nearest(y):
-    """`e2m1_value(e2m1(y))`: a sum with a number whose last bit is the distance of neighbours rounds as the codes do, ties to even."""
-    m = tl.minimum(tl.abs(y), 6.0)
+def nearest_magnitude(m):
+    """`e2m1_value(e2m1(m))` of m >= 0: a sum with a number whose last bit is the distance of neighbours rounds as the codes do, ties to even."""
+    m = tl.minimum(m, 6.0)
     large = floor_power(m) * 4194304.0
-    m = (m + large) - large
-    return m * tl.where(y < 0.0, -1.0, 1.0)  # the sign of zero stays
+    return (m + large) - large
+
+
+@triton.jit
+def nearest(y):
+    """`e2m1_value(e2m1(y))`; the sign of what rounds to zero stays."""
+    return nearest_magnitude(tl.abs(y)) * tl.where(y < 0.0, -1.0, 1.0)
 
 
 @triton.jit
@@ -97,7 +102,7 @@ def nearest_at_random(y, chance):
     below = tl.where(m < 1.0, tl.where(m < 0.5, 0.0, 0.5), (m.to(tl.int32, bitcast=True) & -4194304).to(tl.float32, bitcast=True))
     step = floor_power(m) * 0.5
     m = tl.where(chance * step < m - below, below + step, below)
-    return m * tl.where(y < 0.0, -1.0, 1.0)  # the sign of zero stays
+    return m * tl.where(y < 0.0, -1.0, 1.0)
 
 
 @triton.jit
@@ -122,12 +127,14 @@ def quotient(x, D: tl.constexpr):
 
 @triton.jit
 def error_term(x, inverse, value, amax, PRODUCT: tl.constexpr, MEASURE: tl.constexpr):
-    kept = nearest(x * inverse) * value * amax
+    """How far x is from what nearest rounding keeps of it, from magnitudes alone."""
+    m = tl.abs(x)
+    kept = nearest_magnitude(m * inverse) * value * amax
     if MEASURE == 1:
-        apart = quotient(kept, PRODUCT) - x  # where the quotient is one bit off, the square is 0 or that of x
+        apart = quotient(kept, PRODUCT) - m  # where the quotient is one bit off, the square is 0 or that of x
         term = apart * apart
     else:
-        term = tl.abs(tl.div_rn(kept, PRODUCT) - x)
+        term = tl.abs(tl.div_rn(kept, PRODUCT) - m)
     return term
 
 

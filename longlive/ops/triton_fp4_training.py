@@ -111,10 +111,10 @@ def scaled_groups(v, amax, E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constex
     """
     PRODUCT: tl.constexpr = E * M
     scale = tl.where(amax * (3.4028234663852886e38 / PRODUCT) > 1.0, tl.div_rn(amax * 0.0 + PRODUCT, amax), 0.0)
-    largest, fine = tl.abs(v[0]), finite(v[0])
+    largest = tl.abs(v[0])
     for i in tl.static_range(1, 16):
-        fine = fine & finite(v[i])
-        largest = tl.maximum(largest, tl.abs(v[i]))
+        largest = tl.maximum(largest, tl.abs(v[i]), propagate_nan=tl.PropagateNan.ALL)
+    fine = finite(largest)
     if TILES:
         fine = tl.min(fine.to(tl.int32), 1)[:, None] > 0
         largest = tl.max(largest, 1)[:, None]
