@@ -5,7 +5,7 @@
     gradient of W     dW = dy^T x     both: Hadamard over 16 tokens, then 1 x 16 along tokens; dy stochastic, x nearest
 
 Every operand is quantised from its full-precision tensor, in the direction in which its product sums. Amax belongs to a sample; where a sample's tokens lie on
-several ranks, `Sharing.reduce` makes the largest value that of all of them, so that shards quantise as the whole would. Operands are kept as code * scale and
+several ranks, `reduce` makes the largest value that of all of them, so that shards quantise as the whole would. Operands are kept as code * scale and
 never packed; on a GPU one pass makes each of them, and nothing waits for the device.
 
 Legend: B samples, M tokens, M' tokens filled to whole groups, K features in, N features out.

@@ -219,7 +219,7 @@ def fused_largest(x, amax, count, BLOCK: tl.constexpr):
     tl.atomic_max(amax + b, largest.to(tl.int32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def fused_quantise(
     x, amax, codes, scales, groups, row_groups, start,
     E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,

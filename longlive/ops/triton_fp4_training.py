@@ -3,6 +3,7 @@
 They follow `nvfp4.quantise` operation by operation, as `triton_fp4` does, and give its bits. A thread holds the 16 values of a group, so that sums over a
 group have their order. Groups along features are dealt out from a tile that is read in whole lines. Groups along tokens are 16 neighbouring lines, turned by
 the Hadamard transform and stored where they lie: nothing is transposed in memory, since products read either side by columns as fast as by rows.
+Seeds, and where an amax begins, change from call to call: kernels are not compiled for their divisors.
 
 Legend: B samples, M tokens, M' tokens filled to whole groups, K or N features, R groups of a program, T tiles of 16 x 16 of a program.
 """
@@ -154,7 +155,7 @@ def coded(v, amax, start, row, column, E: tl.constexpr, M: tl.constexpr, MEASURE
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"], do_not_specialize_on_alignment=["amax"])
 def fused_coded(
     x, amax, out, groups, row_groups, start,
     E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
@@ -178,7 +179,7 @@ def tokens_of(x, first, at, tokens, features, inside):
     return v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"], do_not_specialize_on_alignment=["amax"])
 def fused_turned_coded(
     x, amax, out, tokens, filled, features, blocks, start,
     E: tl.constexpr, M: tl.constexpr, MEASURE: tl.constexpr, STOCHASTIC: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
@@ -248,7 +249,7 @@ def alpha_of(amax_a, amax_b, PRODUCT_A: tl.constexpr, PRODUCT_B: tl.constexpr):
     return tl.div_rn(tl.load(amax_a), PRODUCT_A) * tl.div_rn(tl.load(amax_b), PRODUCT_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["amax_a", "amax_b"])
 def fused_end(
     total, amax_a, amax_b, bias, out, rows, features, blocks,
     PRODUCT_A: tl.constexpr, PRODUCT_B: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -265,7 +266,7 @@ def fused_end(
     tl.store(out + at, v.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "shares"], do_not_specialize_on_alignment=["amax_a", "amax_b"])
 def fused_sum(parts, amax_a, amax_b, out, samples, shares, count, PRODUCT_A: tl.constexpr, PRODUCT_B: tl.constexpr, BLOCK: tl.constexpr):
     """The sum over samples of alpha times the sum of their `shares` products of `count` values, in their order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
