@@ -102,7 +102,7 @@ def generate(
     tile_rows: TileRows = 0,
     layers: Annotated[int | None, typer.Option("--layers", help="Blocks of the generator (random weights); default: all.")] = None,
     graphs: Annotated[str, typer.Option("--graphs", help="Record forwards as CUDA graphs: auto, on, off.")] = "auto",
-    attention: Annotated[str, typer.Option("--attention", help="Self-attention: auto, fp8, ordered, sdpa.")] = "auto",
+    attention: Annotated[str, typer.Option("--attention", help="Self-attention: auto, fp8, hopper, ordered, sdpa, math.")] = "auto",
     profile: Annotated[bool, typer.Option("--profile", help="Where the kernels' time goes, for a chunk of sampling and of decoding.")] = False,
     seconds: Annotated[float, typer.Option("--seconds", help="No measurement begins later.")] = 540.0,
     compare: Annotated[

@@ -94,6 +94,8 @@ class RolloutSettings:
         """Memory for keys and values of (layers, batch, pages, tokens of a page, heads, head features)."""
         if self.kv_format is None:
             coded = self.attention == "fp8" and not self.relative and keeps_codes(device, sizes[3], sizes[5])
+            if self.attention == "fp8" and device.type == "cuda" and sizes[3] % 16:
+                logger.warning("inference.attention: fp8: a chunk of %d tokens is no multiple of 16; products of rounded values are made in bf16", sizes[3])
             return (CodedPages if coded else Pages)(*sizes, device=device, dtype=dtype)
         keep = {"keep_anchor": self.kv_keep_sinks and self.policy.anchor, "keep_pin": self.kv_keep_sinks and self.policy.pin}
         return QuantisedPages(*sizes, device=device, dtype=dtype, format=self.kv_format, rule=self.kv_rule, **keep)
