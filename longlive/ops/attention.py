@@ -48,7 +48,7 @@ def math(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias:
 
 def hopper(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`hopper_attention` in bfloat16 on Hopper, without bias and gradients; torch's attention elsewhere."""
-    whole = all(t[0].is_contiguous() for t in (k_BMHd, v_BMHd))
+    whole = all(t[0].is_contiguous() and (len(t) == 1 or t.stride(0)) for t in (k_BMHd, v_BMHd))  # the copy engine takes no stride of 0
     if bias is None and whole and fused_roles(q_BNHd) and fuses(q_BNHd, k_BMHd, v_BMHd) and q_BNHd.dtype == torch.bfloat16 and q_BNHd.shape[-1] in HEADS:
         from . import hopper_attention
 
