@@ -17,11 +17,12 @@ def register(app: typer.Typer) -> None:
 
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with storyboards (*.yaml) in the words of the small world.")]
+FEW_STEPS = ("checkpoints.lora_ckpt=tiny-4steps", "adapter.type=lora", "merge_lora=true", "inference.sampling_steps=4", "inference.guidance_scale=1")
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where films and sheets go; those of an earlier demo are replaced.")]
 
 
 def demo(folder: Folder = Path("examples"), output: Output = Path("outputs/demo")) -> None:
-    """Render every storyboard of FOLDER with the shipped small model and judge the films from their pixels."""
+    """Render every storyboard of FOLDER with the shipped small model, distilled into four steps, and judge the films from their pixels."""
     from ..config import default_config
     from ..data.storyboard_file import read_storyboard
     from ..engine.films import generate_films
@@ -38,7 +39,7 @@ def demo(folder: Folder = Path("examples"), output: Output = Path("outputs/demo"
     stories = [read_story(board) for board in boards]
     judge, started = Judge.load(), time.perf_counter()
     with FilmProgress() as listener:
-        films = generate_films(default_config("tiny"), boards, output, overwrite=True, listener=listener)
+        films = generate_films(default_config("tiny", FEW_STEPS), boards, output, overwrite=True, listener=listener)
     frames, seconds = sum(film.frames for film in films), time.perf_counter() - started
     typer.echo(f"{len(films)} film{'s' * (len(films) > 1)}, {frames} frames, made in {seconds:.0f} s with loading")
     for film in films:

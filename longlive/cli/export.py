@@ -18,16 +18,17 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="LOGDIR (its newest checkpoint), a checkpoint in it, or any generator file.")],
+    checkpoint: Annotated[Path, typer.Argument(help="LOGDIR (its newest checkpoint), a checkpoint in it, a generator's file, or a LoRA's (LOGDIR/lora.pt).")],
     out: Annotated[Path, typer.Argument(help="File to write, such as generator.pt or generator.safetensors.")],
     ema: Annotated[bool, typer.Option("--ema", help="The average of the weights instead of the weights.")] = False,
     format: Annotated[str | None, typer.Option("--format", help="pt or safetensors; usually OUT's ending says it.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")] = "bf16",
     layout: Annotated[str | None, typer.Option("--layout", help="Of a LoRA: published (.pt), peft (a folder), diffusers, comfyui or kohya.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of a LoRA: the nearest one of no higher rank than this.")] = None,
 ) -> None:
     """Write the weights of a training checkpoint for use: a published .pt container, or safetensors. A distilled LoRA is written in any layout."""
-    if _is_lora(checkpoint, layout, dtype):
-        return typer.echo(_export_lora(checkpoint, out, ema, layout, dtype))
+    if _is_lora(checkpoint, dtype, {"--layout": layout, "--rank": rank}):
+        return typer.echo(_export_lora(checkpoint, out, ema, layout, dtype, rank))
     container = format or FORMATS.get(out.suffix)
     if container not in ("pt", "safetensors"):
         raise InputError(f"--format {format!r} is neither pt nor safetensors" if format else f"{out}: end it with .pt or .safetensors, or give --format")
@@ -37,22 +38,24 @@ def export(
     typer.echo(f"wrote {out} ({_said(about)})")
 
 
-def _is_lora(checkpoint: Path, layout: str | None, dtype: str) -> bool:
-    from ..train.lora_export import is_lora_run
+def _is_lora(checkpoint: Path, dtype: str, of_lora: dict[str, object]) -> bool:
+    """`of_lora`: the options that only a LoRA has."""
+    from ..train.lora_export import is_lora
 
     if dtype not in ("bf16", "fp32"):
         raise InputError(f"--dtype {dtype!r} is neither bf16 nor fp32")
-    found = is_lora_run(checkpoint)
-    if layout is not None and not found:
-        raise InputError(f"--layout {layout} is for a LoRA, and {checkpoint} is no checkpoint of a run that trained one; leave it out")
+    found = is_lora(checkpoint)
+    for option, given in of_lora.items():
+        if given is not None and not found:
+            raise InputError(f"{option} {given} is for a LoRA, and {checkpoint} is neither a checkpoint of a run that trained one nor its file; leave it out")
     return found
 
 
-def _export_lora(checkpoint: Path, out: Path, ema: bool, layout: str | None, dtype: str) -> str:
+def _export_lora(checkpoint: Path, out: Path, ema: bool, layout: str | None, dtype: str, rank: int | None) -> str:
     from ..train.lora_export import export_lora
 
     usual = {".pt": "published", "": "peft", ".safetensors": "comfyui"}.get(out.suffix, "published")
-    return f"wrote {out} ({_said(export_lora(checkpoint, out, use_ema=ema, layout=layout or usual, dtype=_dtype(dtype)))})"
+    return f"wrote {out} ({_said(export_lora(checkpoint, out, use_ema=ema, layout=layout or usual, dtype=_dtype(dtype), rank=rank))})"
 
 
 def _dtype(word: str):

@@ -64,7 +64,7 @@ class Inference(Section):
 
 class Checkpoints(Section):
     generator_ckpt: str | None = option(None, "weights of the generator; null = the base model (tiny: the weights in the package)")
-    lora_ckpt: str | tuple[str, ...] | None = option(None, "LoRA weights for the adapter section; a list stacks several")
+    lora_ckpt: str | tuple[str, ...] | None = option(None, "LoRA weights for the adapter section, a file or tiny-4steps, tiny-2steps; a list stacks several")
     vae_ckpt: str | None = option(None, "weights of the VAE; null = the model's own")
     real_score_ckpt: str | None = option(None, "distillation: weights of the teacher")
     fake_score_ckpt: str | None = option(None, "distillation: weights the critic starts from")

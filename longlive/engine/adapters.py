@@ -1,6 +1,7 @@
 """The adapters that a configuration names: found, read, scaled. (`engine.parts` puts them on the network, or into its weights.)
 
-Where they are: `checkpoints.lora_ckpt`, one file or a list; without it, the LoRA entry of `checkpoints.generator_ckpt` (spec inference §10.2).
+Where they are: `checkpoints.lora_ckpt`, one file or a list, where a shipped adapter's name stands for its file (`models.shipped`); without it, the LoRA entry
+of `checkpoints.generator_ckpt` (spec inference §10.2).
 How strong: `adapter.weight`, one number or one per file. How scaled: by the alpha that a file states; `adapter.rank` and `adapter.alpha` speak for
 files that state none, as published ones do.
 """
@@ -13,6 +14,7 @@ from ..core.errors import ConfigError
 from ..core.log import logger, warn_once
 from ..models.lora import Adapter
 from ..models.lora_files import adapter_name, holds_lora, read_lora
+from ..models.shipped import adapter_path
 
 
 def configured_adapters(config) -> list[tuple[Adapter, float]]:
@@ -43,7 +45,7 @@ def lora_paths(config) -> tuple[Path, ...]:
     """Where the adapters are."""
     given, generator = config.checkpoints.lora_ckpt, config.checkpoints.generator_ckpt
     if given:
-        return tuple(Path(path) for path in (given if isinstance(given, tuple) else (given,)))
+        return tuple(adapter_path(name) for name in (given if isinstance(given, tuple) else (given,)))
     return (Path(generator),) if generator and holds_lora(generator) else ()
 
 

@@ -53,6 +53,15 @@ class LoraLayer:
         """(out, in)"""
         return self.b_OR.shape[0], self.a_RI.shape[1]
 
+    def truncated(self, rank: int) -> LoraLayer:
+        """The nearest layer (in the sum of squares of its product) of no higher rank than `rank`, float32, with scale 1: the leading singular vectors."""
+        left_OR, b_RR = torch.linalg.qr(self.b_OR.float() * self.scale)
+        right_IR, a_RR = torch.linalg.qr(self.a_RI.float().T)
+        u, s, v = torch.linalg.svd(b_RR @ a_RR.T)
+        kept = min(rank, len(s))
+        root = s[:kept].sqrt()
+        return LoraLayer(a_RI=(v[:kept] * root[:, None]) @ right_IR.T, b_OR=left_OR @ (u[:, :kept] * root), alpha=float(kept))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
@@ -77,6 +86,12 @@ class Adapter:
         """The same matrices; `alpha` for the layers that state none."""
         layers = {name: layer if layer.alpha is not None else replace(layer, alpha=alpha) for name, layer in self.layers.items()}
         return replace(self, layers=layers)
+
+    def truncated(self, rank: int) -> Adapter:
+        """Its nearest approximation with ranks of at most `rank`. Raises InputError for a rank below 1."""
+        if rank < 1:
+            raise InputError(f"a LoRA of rank {rank} cannot be; the rank is at least 1")
+        return replace(self, layers={name: layer.truncated(rank) for name, layer in self.layers.items()})
 
 
 def _only(values: Iterable) -> Any:

@@ -35,6 +35,7 @@ from .weights import save_state, save_torch
 
 ENTRY = "generator_lora"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ABOUT = ("trainer", "steps", "step", "seed", "weights")  # what a training run says of its adapter
 PREFIXES = (PUBLISHED, "transformer.", "model.", "diffusion_model.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 FLAT = re.compile(r"^blocks_(\d+)_(self_attn|cross_attn|attn1|attn2|ffn)_(.+)$")
@@ -259,7 +260,7 @@ def _write_diffusers(path: Path, adapter: Adapter, dtype: torch.dtype | None) ->
     tensors = {}
     for name, layer in adapter.layers.items():
         tensors |= _pair("transformer.", rename(name, TO_DIFFUSERS), ("lora_A", "lora_B"), _scaled(layer, dtype), dtype)
-    save_state(path, tensors)
+    save_state(path, tensors, _about(adapter))
 
 
 def _write_down_up(path: Path, adapter: Adapter, dtype: torch.dtype | None, flat: bool) -> None:
@@ -268,7 +269,12 @@ def _write_down_up(path: Path, adapter: Adapter, dtype: torch.dtype | None, flat
         prefix, written = ("lora_unet_", name.replace(".", "_")) if flat else ("diffusion_model.", name)
         tensors |= _pair(prefix, written, ("lora_down", "lora_up"), layer, dtype)
         tensors[f"{prefix}{written}.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float32)
-    save_state(path, tensors)
+    save_state(path, tensors, _about(adapter))
+
+
+def _about(adapter: Adapter) -> dict[str, Any]:
+    """What is said of the adapter beside its tensors."""
+    return {key: adapter.metadata[key] for key in ABOUT if key in adapter.metadata}
 
 
 WRITERS = {

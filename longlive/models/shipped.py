@@ -8,6 +8,7 @@ from ..core.errors import CheckpointError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 VAE_FILE = "vae.safetensors"
+ADAPTERS = {"tiny-4steps": "lora-4steps.safetensors", "tiny-2steps": "lora-2steps.safetensors"}  # few-step LoRAs, by the name that stands for their file
 
 
 def asset(name: str) -> Path:
@@ -22,3 +23,8 @@ def dit_path() -> Path:
     """The first part of the shipped generator (`dit-0000i-of-0000n.safetensors`); readers find the others."""
     parts = sorted(ASSETS.glob("dit-*-of-*.safetensors"))
     return parts[0] if parts else asset("dit-00001-of-00001.safetensors")
+
+
+def adapter_path(given: str | Path) -> Path:
+    """Where a LoRA is that a configuration names: a shipped one by its name in ADAPTERS, any other by its path."""
+    return asset(ADAPTERS[str(given)]) if str(given) in ADAPTERS else Path(given)

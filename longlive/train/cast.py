@@ -26,6 +26,7 @@ from ..models import lora
 from ..models.joint import join_projections
 from ..models.lora import Adapter, Branch, branches
 from ..models.lora_files import holds_lora, read_lora
+from ..models.shipped import adapter_path
 from ..models.sizes import dit_dims, shapes_of
 from ..models.spec import ModelSpec
 from ..models.wan_dit import WanDiT
@@ -176,6 +177,7 @@ def starting_adapter(config: Config, name: str) -> Adapter | None:
     path = config.checkpoints.lora_ckpt
     if path is not None and not isinstance(path, str):
         raise ConfigError(f"checkpoints.lora_ckpt names {len(path)} files: a student starts from one LoRA; give one")
+    path = path and adapter_path(path)
     if path is None or (name != STUDENT and not holds_lora(path, f"{name}_lora")):
         return None
     found = read_lora(path, name=name, entry=f"{name}_lora").with_alpha(config.adapter.alpha or config.adapter.fresh_rank)

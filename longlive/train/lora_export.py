@@ -62,23 +62,27 @@ def _adapter(network: nn.Module, tensors: Mapping[str, Tensor]) -> Adapter:
     return adapter_from(tensors, FOLDER).with_alpha(adapter_of(network, STUDENT).alpha)
 
 
+def export_lora(source: Path, out: Path, *, use_ema: bool, layout: str, dtype: torch.dtype, rank: int | None = None) -> dict[str, str]:
+    """Writes the student's LoRA of any checkpoint of a distillation, or of a LoRA's file, in a layout of `models.lora_files`; returns what is said of it.
 
-def export_lora(source: Path, out: Path, *, use_ema: bool, layout: str, dtype: torch.dtype) -> dict[str, str]:
-    """Writes the student's LoRA of any checkpoint of a distillation, in a layout of `models.lora_files`; returns what is said of it.
-
-    Raises CheckpointError for a source without one, or without an average where `use_ema` asks for it, InputError for a path that exists or does not suit.
+    `rank`: the nearest LoRA of no higher rank than that. Raises CheckpointError for a source without one, or without an average where `use_ema` asks for
+    it, InputError for a path that exists or does not suit.
     """
     place = (folders(source) or [source])[-1]
     entry = ENTRY + ("_ema" if use_ema else "")
-    if not holds_lora(place, entry):
+    if use_ema and not holds_lora(place, entry):
         raise CheckpointError(f"{place} holds no average of the LoRA's weights (training.ema_weight was 0, or it is a weight file); leave --ema out")
     adapter = read_lora(place, name=FOLDER, entry=entry)
+    if rank is not None:
+        adapter = adapter.truncated(rank)
     write_lora(out, adapter, layout, dtype)
-    about = {key: str(adapter.metadata[key]) for key in ("step", "trainer") if key in adapter.metadata}
-    return about | {"weights": "ema" if use_ema else "raw", "dtype": str(dtype).removeprefix("torch."), "rank": str(adapter.rank), "layout": layout}
+    about = {key: str(adapter.metadata[key]) for key in ("step", "trainer", "weights") if key in adapter.metadata}
+    return {"weights": "ema" if use_ema else "raw"} | about | {"dtype": str(dtype).removeprefix("torch."), "rank": str(adapter.rank), "layout": layout}
 
 
-def is_lora_run(source: Path) -> bool:
-    """Whether a checkpoint, or the newest of a LOGDIR, is of a student that is a LoRA."""
+def is_lora(source: Path) -> bool:
+    """Whether a checkpoint, or the newest of a LOGDIR, is of a student that is a LoRA; or a file is of a LoRA and holds no generator."""
     place = (folders(source) or [source])[-1]
-    return place.is_dir() and holds_lora(place)
+    if place.is_dir():
+        return holds_lora(place)
+    return place.is_file() and holds_lora(place) and not holds_lora(place, "generator")

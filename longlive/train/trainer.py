@@ -317,10 +317,9 @@ class Loop:
         row, settings = self.metrics.flush(), self.settings
         left = self.state.elapsed * (1 / max(settings.progress(self.state), 1e-9) - 1)
         columns = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("seconds", "ms", "lr", "loss"))
-        logger.info(
-            "step %d  loss %.4f  lr %.2e  %.1f ms/step  %.0f s left  (%s)",
-            self.state.step, row.get("loss", float("nan")), row.get("lr", 0.0), 1000 * seconds / count, max(left, 0.0), columns,
-        )  # fmt: skip
+        loss = f"  loss {row['loss']:.4f}" if "loss" in row else ""  # a player's turn may not have come
+        timing = f"lr {row.get('lr', 0.0):.2e}  {1000 * seconds / count:.1f} ms/step  {max(left, 0.0):.0f} s left"
+        logger.info("step %d%s  %s  (%s)", self.state.step, loss, timing, columns)
 
     def _export(self) -> None:
         self._settle()

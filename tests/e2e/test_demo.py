@@ -23,8 +23,16 @@ shots:
 
 @pytest.fixture
 def random_networks(monkeypatch):
-    monkeypatch.setattr(Pipeline, "load", lambda config, *about, **more: random_pipeline(chunk_frames=8, window_frames=32, sink_frames=8, steps=1))
+    """Gives the configurations that were loaded."""
+    configs = []
+
+    def load(config, *about, **more):
+        configs.append(config)
+        return random_pipeline(chunk_frames=8, window_frames=32, sink_frames=8, steps=1)
+
+    monkeypatch.setattr(Pipeline, "load", load)
     monkeypatch.setattr(Judge, "load", lambda: Judge(JudgeNet()))
+    return configs
 
 
 def test_a_demo_writes_film_sheet_and_scores_and_may_be_run_again(random_networks, tmp_path, capfd):
@@ -36,6 +44,9 @@ def test_a_demo_writes_film_sheet_and_scores_and_may_be_run_again(random_network
     assert probe(film).frames == 61
     with Image.open(film.with_suffix(".png")) as sheet:
         assert sheet.height > 2 * 192
+    for config in random_networks:
+        assert (config.checkpoints.lora_ckpt, config.inference.sampling_steps, config.inference.guidance_scale) == ("tiny-4steps", 4, 1.0)
+    assert len(random_networks) == 2
     words = capfd.readouterr().out
     assert all(name in words for name in ("judge:", "colour", "setting", "cuts", str(film.with_suffix(".png"))))
 

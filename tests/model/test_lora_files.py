@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from lora_toys import SPEC, toy_adapter, velocity
 from safetensors.torch import load_file, save_file
 
 from longlive.core.errors import CheckpointError, InputError
-from longlive.models.lora import Adapter, add, adapter_state, attach
+from longlive.models.lora import Adapter, add, adapter_state, attach, lora_layers
 from longlive.models.lora_files import WRITERS, holds_lora, layer_name, read_lora, write_lora
+from longlive.models.shipped import ADAPTERS, adapter_path
+from longlive.models.spec import TINY
+from longlive.models.wan_dit import WanDiT
 
 Q = "blocks.0.self_attn.q"
 
@@ -186,3 +190,24 @@ def test_peft_reads_our_folder_and_computes_the_same(tmp_path):
     PeftModel.from_pretrained(theirs, str(folder))  # it changes the network in place
     torch.testing.assert_close(velocity(ours), velocity(theirs), rtol=1e-4, atol=1e-5)
     assert (velocity(ours) - velocity(toy_dit(torch.float32))).abs().max() > 0.01
+
+
+def test_a_truncated_lora_is_the_nearest_of_its_rank():
+    layer = toy_adapter(rank=4, alpha=6.0, only=Q).layers[Q]
+    product = (layer.scale * layer.b_OR @ layer.a_RI).float()
+    singular = torch.linalg.svdvals(product)
+    for rank in (1, 3, 4, 9):
+        near = layer.truncated(rank)
+        off = near.scale * near.b_OR @ near.a_RI - product
+        assert near.rank == min(rank, 4) and near.scale == 1.0 and near.features == layer.features
+        assert off.norm().item() == pytest.approx(singular[rank:].norm().item(), abs=1e-5)
+    with pytest.raises(InputError, match="at least 1"):
+        toy_adapter(only=Q).truncated(0)
+
+
+def test_adapters_that_ship_are_named():
+    for name in ADAPTERS:
+        adapter = read_lora(adapter_path(name))
+        assert adapter.metadata["steps"] == name.removeprefix("tiny-").removesuffix("steps") and adapter.rank == adapter.alpha
+        assert set(adapter.layers) == set(lora_layers(WanDiT(TINY.dit), TINY))
+    assert adapter_path("own.pt") == Path("own.pt")

@@ -20,7 +20,7 @@ from longlive.parallel.mesh import Mesh
 from longlive.train import RunOptions, checkpoint, rehearse, run, trainer
 from longlive.train import distillation as module
 from longlive.train.cast import Merged
-from longlive.train.lora_export import export_lora, is_lora_run
+from longlive.train.lora_export import export_lora, is_lora
 from longlive.train.optim import guarded_step
 from longlive.train.players import Player
 from longlive.train.state import parts
@@ -264,12 +264,16 @@ def test_the_lora_of_a_checkpoint_is_exported_and_generates(tmp_path):
     config = load_config(distillation(tmp_path, training={"max_iters": 2, "log_iters": 2, "dfake_gen_update_ratio": 1}))
     run(config, tmp_path / "run", RunOptions())
     place = tmp_path / "run" / "checkpoint_model_000002"
-    assert is_lora_run(tmp_path / "run") and is_lora_run(place) and not is_lora_run(tmp_path / "generator.safetensors")
+    assert is_lora(tmp_path / "run") and is_lora(place) and is_lora(tmp_path / "run" / "lora.pt") and not is_lora(tmp_path / "generator.safetensors")
     about = export_lora(tmp_path / "run", tmp_path / "student.pt", use_ema=True, layout="published", dtype=torch.float32)
     assert about["weights"] == "ema" and about["step"] == "2" and about["rank"] == "4"
     export_lora(place, tmp_path / "student.safetensors", use_ema=False, layout="comfyui", dtype=torch.float32)
     average, raw, own = read_lora(tmp_path / "student.pt"), read_lora(tmp_path / "student.safetensors"), read_lora(place)
     assert average.alpha == raw.alpha == own.alpha == 8
+    said = export_lora(tmp_path / "run" / "lora.pt", tmp_path / "narrow.safetensors", use_ema=False, layout="kohya", dtype=torch.float32, rank=2)
+    assert (said["rank"], said["weights"]) == ("2", "ema")
+    narrow = read_lora(tmp_path / "narrow.safetensors")
+    assert narrow.rank == 2 and narrow.metadata["steps"] == str(config.inference.sampling_steps)
     name = "blocks.0.self_attn.q"
     assert torch.equal(raw.layers[name].b_OR, own.layers[name].b_OR) and not torch.equal(average.layers[name].b_OR, raw.layers[name].b_OR)
     generate = load_config({**distillation(tmp_path), "algorithm": {}, "checkpoints": {**distillation(tmp_path)["checkpoints"], "lora_ckpt": str(place)}})
