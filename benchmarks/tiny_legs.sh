@@ -1,11 +1,11 @@
 #!/bin/sh
 # The small model's weights, leg by leg, as docs/recipes/tiny.md describes them: benchmarks/tiny_legs.sh OUT [leg ...]
-# Legs: vae1 vae2 judge ar1 ar2 ar3 ar4 ar5; none named: all, in order. Every leg is one command of less than ten minutes and starts from the files of the
+# Legs: vae1 vae2 judge ar1 ar2 ar3 ar4 ar5 few4 few4b few2; none named: all, in order. Every leg is one command of less than ten minutes and starts from the files of the
 # legs before it in OUT. GPUS (default 4) processes train a leg of several; seconds of training, seeds and settings are those of the shipped weights.
 # SCALE divides the seconds and the stories, for a rehearsal: SCALE=100.
 set -eu
 out=$1; shift
-[ $# -gt 0 ] || set -- vae1 vae2 judge ar1 ar2 ar3 ar4 ar5
+[ $# -gt 0 ] || set -- vae1 vae2 judge ar1 ar2 ar3 ar4 ar5 few4 few4b few2
 gpus=${GPUS:-4}; scale=${SCALE:-1}; export PYTHONUNBUFFERED=1
 
 leg() { # name config processes seconds key=value ...
@@ -15,8 +15,10 @@ leg() { # name config processes seconds key=value ...
 }
 ema() { echo "checkpoints.generator_ckpt=$out/$1/dit-00001-of-00002.safetensors"; }
 raw() { echo "checkpoints.generator_ckpt=$out/$1/raw-00001-of-00003.safetensors"; }
+small() { rm -f "$out/lora-$2steps.safetensors"; python3 -m longlive export "$out/$1/lora.pt" "$out/lora-$2steps.safetensors" --rank 16; }  # as it ships
 half=$(((gpus + 1) / 2)); early="checkpoints.vae_ckpt=$out/vae1/vae.safetensors" late="checkpoints.vae_ckpt=$out/vae2/vae.safetensors"
 adamw="training.optimizer=adamw training.weight_decay=0.0 world.wordings=1 training.batch_size=8 world.clips=$((2200 / scale))"
+stories="world.clips=$((2048 / scale))"
 told="world.memory=0 world.away=0.25"
 for step in "$@"; do
   case $step in
@@ -31,6 +33,11 @@ for step in "$@"; do
       world.clips=$((2600 / scale)) world.memory=0.3 ;;
     ar5) leg ar5 train_ar.yaml "$gpus" 345 $late "$(raw ar4)" world.seed=5 logging.seed=5 training.batch_size=5 world.clips=$((1500 / scale)) \
       world.chunks=12 world.min_shots=3 world.max_shots=6 world.memory=0.4 world.away=0.5 ;;
-    *) echo "unknown leg $step (vae1 vae2 judge ar1 ar2 ar3 ar4 ar5)" >&2; exit 2 ;;
+    few4) leg few4 train_dmd.yaml 1 370 "$(ema ar5)" $stories ;;
+    few4b) leg few4b train_dmd.yaml 1 180 "$(ema ar5)" $stories checkpoints.lora_ckpt="$out/few4/lora.pt" algorithm.regression_steps=0 training.lr=1.5e-4 world.seed=102 logging.seed=2
+      small few4b 4 ;;
+    few2) leg few2 train_dmd.yaml 1 370 "$(ema ar5)" $stories inference.sampling_steps=2 algorithm.regression_steps=250
+      small few2 2 ;;
+    *) echo "unknown leg $step (vae1 vae2 judge ar1 ar2 ar3 ar4 ar5 few4 few4b few2)" >&2; exit 2 ;;
   esac
 done

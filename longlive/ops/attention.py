@@ -49,7 +49,7 @@ def math(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias:
 def hopper(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`hopper_attention` in bfloat16 on Hopper, without bias and gradients; torch's attention elsewhere."""
     whole = all(t[0].is_contiguous() and (len(t) == 1 or t.stride(0)) for t in (k_BMHd, v_BMHd))  # the copy engine takes no stride of 0
-    if bias is None and whole and fused_roles(q_BNHd) and fuses(q_BNHd, k_BMHd, v_BMHd) and q_BNHd.dtype == torch.bfloat16 and q_BNHd.shape[-1] in HEADS:
+    if bias is None and whole and fuses(q_BNHd, k_BMHd, v_BMHd) and fused_roles(q_BNHd) and q_BNHd.dtype == torch.bfloat16 and q_BNHd.shape[-1] in HEADS:
         from . import hopper_attention
 
         return hopper_attention.attention(q_BNHd.contiguous(), k_BMHd, v_BMHd)
@@ -72,7 +72,7 @@ def fp8(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor, bias: 
 
 def fp8_fits(q_BNHd: torch.Tensor, k_BMHd: torch.Tensor, v_BMHd: torch.Tensor) -> bool:
     """Whether the FP8 kernel takes these tensors: heads of 64 or 128 features, keys in multiples of 16, every sample in one piece."""
-    if not fused_fp8_tiles(q_BNHd) or not fuses(q_BNHd, k_BMHd, v_BMHd):
+    if not fuses(q_BNHd, k_BMHd, v_BMHd) or not fused_fp8_tiles(q_BNHd):
         return False
     return q_BNHd.shape[-1] in HEADS and k_BMHd.shape[1] % 16 == 0 and all(t[0].is_contiguous() for t in (k_BMHd, v_BMHd))
 

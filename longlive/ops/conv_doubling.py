@@ -47,7 +47,7 @@ def quantise_phases(weight_OIHW: Tensor) -> tuple[Tensor, Tensor]:
 def fits(x_BTHWC: Tensor, weight: Tensor, pad: tuple[int, int], beside: Beside | None) -> bool:
     """Whether the kernel serves a half-precision `x` and a weight [O, I, ...] of its dtype, zeros all around, and a `beside` of O or 2 O channels."""
     half = x_BTHWC.dtype in (torch.bfloat16, torch.float16)
-    served = fused_tiles(x_BTHWC) and fuses(x_BTHWC, weight, None if beside is None else beside.x)
+    served = fuses(x_BTHWC, weight, None if beside is None else beside.x) and fused_tiles(x_BTHWC)
     return half and served and pad == (1, 1) and _tiles(*weight.shape[:2], beside)
 
 
@@ -77,7 +77,7 @@ def quantise_frames(x_NHWC: Tensor) -> tuple[Tensor, Tensor]:
 def doubled_fp8(x_BTHWC: Tensor, rows: Tensor, scales: Tensor, bias: Tensor, beside: Beside | None) -> Tensor:
     """[B, T, 2H, 2W, O] in bias's dtype from rows and scales of `quantise_phases`, x put in FP8 by `quantise_frames`. No gradient passes."""
     x, frames, outputs = x_BTHWC.flatten(0, 1), x_BTHWC.shape[1], len(bias)
-    if fused_fp8_tiles(x) and fuses(x, bias, None if beside is None else beside.x) and _tiles(outputs, x.shape[-1], beside):
+    if fuses(x, bias, None if beside is None else beside.x) and fused_fp8_tiles(x) and _tiles(outputs, x.shape[-1], beside):
         from . import triton_doubling
 
         codes, of_frames = triton_doubling.quantise_frames(x)

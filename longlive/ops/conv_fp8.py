@@ -36,7 +36,7 @@ def fits(inputs: int, outputs: int) -> bool:
 
 def tensor_cores(x: Tensor) -> bool:
     """Whether products in FP8 have a kernel where `x` is (`fp8_tiles_lack`)."""
-    return fused_fp8_tiles(x) and fuses(x)
+    return fuses(x) and fused_fp8_tiles(x)
 
 
 def empty_past(x_BTHWC: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def fits(x_BTHWC: Tensor, weight_OITHW: Tensor, stride: tuple[int, ...], pad: tu
     outputs, inputs, *size = weight_OITHW.shape
     shape = size == [3, 3, 3] and outputs % 4 == 0 and 9 * outputs <= TILE and inputs % MULTIPLE == 0
     half = x_BTHWC.dtype in (torch.bfloat16, torch.float16)
-    return shape and half and set(stride) == {1} and pad[0] in (0, 1) and pad[1] == 1 and fused_tiles(x_BTHWC) and fuses(x_BTHWC, weight_OITHW)
+    return shape and half and set(stride) == {1} and pad[0] in (0, 1) and pad[1] == 1 and fuses(x_BTHWC, weight_OITHW) and fused_tiles(x_BTHWC)
 
 
 def tap_rows(weight_OITHW: Tensor) -> Tensor:

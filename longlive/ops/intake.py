@@ -49,7 +49,7 @@ class Rows:
         """The rows of GELU (tanh form) of x, in float32."""
         from .triton_available import fused_fp8
 
-        if fused_fp8(x) and fuses(x):
+        if fuses(x) and fused_fp8(x):
             from .triton_rows import gelu_rows_fused
 
             return gelu_rows_fused(x)

@@ -18,7 +18,7 @@ def text_attention(q_GNHd: torch.Tensor, k_RMHd: torch.Tensor, v_RMHd: torch.Ten
     """[G, N, H, d] in q's dtype, G groups of the whole batch. `rows_G` int64 names a row for each; `bias_RM` float, with a finite value in each row."""
     k_RMHd, v_RMHd = k_RMHd.to(q_GNHd.dtype), v_RMHd.to(q_GNHd.dtype)
     half = q_GNHd.dtype in (torch.bfloat16, torch.float16)
-    if half and q_GNHd.shape[-1] in HEADS and fused_copies(q_GNHd) and fuses(q_GNHd, k_RMHd, v_RMHd):
+    if half and q_GNHd.shape[-1] in HEADS and fuses(q_GNHd, k_RMHd, v_RMHd) and fused_copies(q_GNHd):
         from . import triton_text
 
         return triton_text.text_attention(q_GNHd, k_RMHd, v_RMHd, bias_RM, rows_G)

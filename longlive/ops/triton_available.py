@@ -1,4 +1,7 @@
-"""Whether the fused kernels can run. They are Triton, imported where they are used, so that nothing needs it to import LongLive."""
+"""Whether the fused kernels can run. They are Triton, imported where they are used, so that nothing needs it to import LongLive.
+
+What asks a device about itself breaks the graph of a compiler: ask `inference.fuses` first, which is False where something is being compiled.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,13 @@ from functools import cache
 import torch
 
 FP8_TILE_MAJORS = (9, 10)
+INSTALLED = importlib.util.find_spec("triton") is not None  # a constant, which compilers can see through
 GLUON = ("3", "6")  # the release of Triton whose Gluon our kernels are written in; Gluon is experimental, and changes between releases
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def fused(x: torch.Tensor) -> bool:
     """Whether operations on `x` have a fused kernel here: a GPU, and Triton installed."""
-    return x.is_cuda and _installed()
+    return x.is_cuda and INSTALLED
 
 
 @cache
@@ -47,7 +46,7 @@ def fp8_tiles_lack(device: torch.device) -> str | None:
 
     Their tiles take up to 192 KiB of shared memory, which Hopper and datacentre Blackwell have; consumer Blackwell (12.x) has 99.
     """
-    if not _installed():
+    if not INSTALLED:
         return "Triton is not installed (pip install triton)"
     if torch.cuda.get_device_capability(device)[0] not in FP8_TILE_MAJORS:
         return f"its kernels are for Hopper and datacentre Blackwell, and this is {torch.cuda.get_device_name(device)}"
@@ -66,7 +65,7 @@ def fused_tiles(x: torch.Tensor) -> bool:
 
 @cache
 def _gives_roles(device: torch.device) -> bool:
-    if not _installed() or torch.cuda.get_device_capability(device)[0] != 9:
+    if not INSTALLED or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     import triton
 

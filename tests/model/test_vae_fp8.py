@@ -111,7 +111,7 @@ def test_the_shipped_decoder_loses_next_to_nothing():
 def test_a_card_without_these_kernels_is_refused_before_weights_are_read(monkeypatch, setting, major, triton, told):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(triton_available, "_installed", lambda: triton)
+    monkeypatch.setattr(triton_available, "INSTALLED", triton)
     triton_available.fp8_tiles_lack.cache_clear()
     load = load_codec if "vae" in setting else load_dit
     with pytest.raises(ConfigError, match=f"(?s){setting.split('=')[0]}.*cannot run.*{told}.*set inference"):
@@ -122,7 +122,7 @@ def test_a_card_without_these_kernels_is_refused_before_weights_are_read(monkeyp
 @pytest.mark.parametrize("major", [9, 10])
 def test_cards_with_these_kernels_are_not_refused(monkeypatch, major):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    monkeypatch.setattr(triton_available, "_installed", lambda: True)
+    monkeypatch.setattr(triton_available, "INSTALLED", True)
     triton_available.fp8_tiles_lack.cache_clear()
     assert triton_available.fp8_tiles_lack(torch.device("cuda:0")) is None
     triton_available.fp8_tiles_lack.cache_clear()
