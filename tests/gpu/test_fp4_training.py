@@ -71,13 +71,14 @@ def test_weights(rule, dtype, shape):
 
 
 def gradients(layer, x, dy, seed):
+    """y and the gradients of x and of the parameters, as copies: `layer.cuda()` takes along every gradient that it finds, whoever else holds it."""
     layer.moment.begin(seed)
     x = x.clone().requires_grad_()
     for p in layer.parameters():
         p.grad = None
     y = layer(x)
     y.backward(dy)
-    return [t for t in (y.detach(), x.grad, *(p.grad for p in layer.parameters())) if t is not None]
+    return [t.detach().clone() for t in (y, x.grad, *(p.grad for p in layer.parameters())) if t is not None]
 
 
 @pytest.mark.parametrize("rule", ["static_6", "mse"])
