@@ -85,7 +85,11 @@ def gradients(layer, x, dy, seed):
 @pytest.mark.parametrize("tile", nvfp4.TILES)
 @pytest.mark.parametrize("tokens", [40, 4096])
 def test_products_are_those_of_a_cpu(rule, tile, tokens, monkeypatch):
-    """Codes are equal, so that only the order of addition differs. 4096 tokens are shared out, three samples are taken in two turns."""
+    """4096 tokens are shared out, three samples are taken in two turns.
+
+    Codes are equal, and float32 holds every sum of their products in any order: they are multiples of 4 and at most 2^24.6, or of 64 and at most 2^25.2.
+    What differs is the order in which shares, samples and the gradients of the bias are added, some 1e-7 in all.
+    """
     monkeypatch.setattr(fp4_training, "PART_BYTES", 2 * 4 * 64 * 48)
     torch.manual_seed(0)
     recipe, x, dy = Recipe(weight_rule=rule, activation_rule="mse", gradient_rule=rule, tile=tile), torch.randn(3, tokens, 64), torch.randn(3, tokens, 48)
