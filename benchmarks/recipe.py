@@ -27,8 +27,9 @@ TOY = {
         "world.max_shots=2", "training.warmup_steps=0",
     ],
     "dmd": [
-        *SMALL, "training.max_iters=2", "training.max_seconds=0", "training.compile=false", "training.batch_size=2", "world.clips=2", "world.max_shots=2",
-        "training.min_num_training_frames=16", "training.num_training_frames=16", "training.slice_last_frames=16", "training.ema_start_step=0",
+        *SMALL, "training.max_iters=3", "training.max_seconds=0", "training.compile=false", "training.batch_size=2", "world.clips=2", "world.max_shots=2",
+        "algorithm.regression_steps=1", "training.min_num_training_frames=16", "training.num_training_frames=16", "training.slice_last_frames=16",
+        "training.ema_start_step=0",
     ],
     "film": ["data.image_or_video_shape=[1,16,48,2,4]", "num_output_frames=16"],
 }  # fmt: skip

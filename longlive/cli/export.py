@@ -28,6 +28,8 @@ def export(
 ) -> None:
     """Write the weights of a training checkpoint for use: a published .pt container, or safetensors. A distilled LoRA is written in any layout."""
     if _is_lora(checkpoint, dtype, {"--layout": layout, "--rank": rank}):
+        if format is not None:
+            raise InputError(f"--format {format} is for a generator, and {checkpoint} is a LoRA, whose form --layout names; leave it out")
         return typer.echo(_export_lora(checkpoint, out, ema, layout, dtype, rank))
     container = format or FORMATS.get(out.suffix)
     if container not in ("pt", "safetensors"):
@@ -40,14 +42,14 @@ def export(
 
 def _is_lora(checkpoint: Path, dtype: str, of_lora: dict[str, object]) -> bool:
     """`of_lora`: the options that only a LoRA has."""
-    from ..train.lora_export import is_lora
+    from ..train.lora_export import trained_lora
 
     if dtype not in ("bf16", "fp32"):
         raise InputError(f"--dtype {dtype!r} is neither bf16 nor fp32")
-    found = is_lora(checkpoint)
+    found = trained_lora(checkpoint)
     for option, given in of_lora.items():
         if given is not None and not found:
-            raise InputError(f"{option} {given} is for a LoRA, and {checkpoint} is neither a checkpoint of a run that trained one nor its file; leave it out")
+            raise InputError(f"{option} {given} is for a LoRA, and {checkpoint} is none; leave it out")
     return found
 
 

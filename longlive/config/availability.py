@@ -6,6 +6,12 @@ from ..core.errors import NotAvailable
 from .root import Config
 
 GENERATE, TRAIN = "generate", "train"
+# what only trainer score_distillation reads, section -> key -> value of no effect
+DISTILLATION_ONLY = {
+    "algorithm": {"regression_steps": 0, "ts_schedule": False, "ts_schedule_max": False, "last_step_only": False},
+    "training": {"streaming_frames": 0, "finish_chunks": False, "critic_reuses_rollout": False},
+    "infra": {"rollout_copy": False},
+}
 
 
 def availability(config: Config, purpose: str) -> None:
@@ -28,6 +34,10 @@ def _train(c: Config):
     for name in ("real_score", "fake_score"):
         used = c.infra.model_dump()[f"{name}_quant"] and kind != "score_distillation"
         yield used, f"NVFP4 of a network that trainer {kind} does not have (infra.{name}_quant: true)", f"set infra.{name}_quant: null"
+    for section, keys in DISTILLATION_ONLY.items() if kind != "score_distillation" else ():
+        for name, plain in keys.items():
+            value = c.model_dump()[section][name]
+            yield value not in (plain, None), f"distillation ({section}.{name}: {value}) of trainer {kind}", "remove it"
     low = (c.infra.model_quant or c.fp8_quant) and kind in ("vae", "judge")
     yield low, f"low precision (model_quant, fp8_quant) of trainer {kind}", "set both to false"
     yield c.torch_compile is True, "torch_compile: true in training", "set it to false or auto; training.compile: true compiles the blocks"

@@ -68,7 +68,7 @@ def _precision(c: Config) -> str | None:
         return "fp8_quant(true) and model_quant(true) exclude each other: weights have one precision; set one of them to false"
     if c.checkpoints.lora_ckpt and c.adapter is None:
         given = f"checkpoints.lora_ckpt = {c.checkpoints.lora_ckpt!r} without an adapter section"
-        return f"{given}: nothing would apply it; add `adapter: {{rank: 128}}` or remove lora_ckpt"
+        return f"{given}: nothing would apply it; add `adapter: {{}}` or remove lora_ckpt"
     if c.adapter and isinstance(c.adapter.weight, tuple):
         files = c.checkpoints.lora_ckpt if isinstance(c.checkpoints.lora_ckpt, tuple) else (c.checkpoints.lora_ckpt,)
         if len(c.adapter.weight) != len(files):
@@ -161,6 +161,9 @@ def _distillation(c: Config) -> str | None:
             return f"algorithm.regression_steps({a.regression_steps}): the teacher answers for a chunk behind clean ones; set real_score_mask: teacher_forced"
         if t.streaming_frames or not a.backward_simulation:
             return f"algorithm.regression_steps({a.regression_steps}) needs streaming_frames: 0 and backward_simulation: true; use regression_steps: 0"
+        if t.visibility != "window" or (not t.shot_offset and c.inference.multi_shot_rope_offset) or a.context_noise:
+            served = "visibility: window, shot_offset: true, context_noise: 0"
+            return f"algorithm.regression_steps({a.regression_steps}): teacher and student must read the same history, as generation does; set {served}"
     if n % p:
         return f"num_frame_per_block({n}) % sequence_parallel_size({p}) = {n % p}, not 0: ranks share every chunk of a rollout; use 1, 2, 4 or 8"
     if not c.algorithm.backward_simulation and c.data.data_path is None:

@@ -43,7 +43,7 @@ class Algorithm(Section):
     real_guidance_scale: float = option(3.0, "guidance of the teacher (g in cond + g (cond - uncond))")
     fake_guidance_scale: float = option(0.0, "guidance of the critic")
     regression_steps: int = option(
-        0, "steps at the start in which the student learns the guided teacher's own answer at its exit step, while the critic learns to follow", ge=0
+        0, "steps at the start of the run in which the student learns the guided teacher's answer at its exit step, and the critic to follow", ge=0
     )
     backward_simulation: bool = option(True, "distil on the student's own rollouts")
     all_causal: bool = option(True, "teacher and critic are chunk-causal too")

@@ -123,8 +123,12 @@ def _open_sharded(folder: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); take another checkpoint") from None
     about = {"trainer": run["trainer"], "step": run["step"], **run.get("origin", {})}
-    adapter = run.get("config", {}).get("adapter") or {}
+    config = run.get("config", {})
+    adapter = config.get("adapter") or {}
     about |= {"lora_alpha": adapter["alpha"]} if adapter.get("alpha") else {}
+    if run["trainer"] == "score_distillation":
+        stated = {"steps": config.get("inference", {}).get("sampling_steps"), "seed": config.get("logging", {}).get("seed")}
+        about |= {name: str(value) for name, value in stated.items() if value is not None}
     return {entry: _Group(folder, entry, found) for entry, found in groups.items() if found}, about, False
 
 

@@ -90,10 +90,13 @@ def strip_wrappers(name: str) -> str:
     return name.removeprefix("module.")
 
 
+LORA_SIDES = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.")
+
+
 def identify(names: Iterable[str]) -> str:
     """What a set of keys (wrappers removed) belongs to: generator, vae, text, lora, nvfp4, transformer-engine, or unknown."""
     names = set(names)
-    if any(".lora_A." in n or ".lora_B." in n for n in names):
+    if any(side in n for n in names for side in LORA_SIDES):
         return "lora"
     if any(n.endswith(("quantized_weight_values", ".nvfp4.codes")) for n in names):
         return "nvfp4"

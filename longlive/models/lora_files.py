@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError, InputError
 from .files import locate, open_file
-from .keymaps import DIT, rename, strip_wrappers
+from .keymaps import DIT, identify, rename, strip_wrappers
 from .lora import PUBLISHED, Adapter, LoraLayer
 from .weights import save_state, save_torch
 
@@ -86,6 +86,14 @@ def adapter_name(path: Path) -> str:
 def holds_lora(path: str | Path, entry: str = ENTRY) -> bool:
     """Whether a generator's checkpoint also holds an adapter."""
     return any(isinstance(open_file(file)[0].get(entry), Mapping) for file in locate(path))
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether what is at `path`, in any layout, is a LoRA and no generator. Raises CheckpointError for what is no weight file."""
+    content = {name: value for file in locate(path) for name, value in open_file(file)[0].items()}
+    if isinstance(content.get(ENTRY), Mapping):
+        return not isinstance(content.get("generator"), Mapping)
+    return identify(strip_wrappers(name) for name, value in content.items() if isinstance(value, Tensor)) == "lora"
 
 
 def _take(content: Mapping, path: Path, entry: str) -> dict[str, Tensor]:
@@ -226,7 +234,7 @@ def _write_published(path: Path, adapter: Adapter, dtype: torch.dtype | None) ->
     for name, layer in layers.items():
         tensors |= _pair(PUBLISHED, name, ("lora_A", "lora_B"), layer, dtype)
     stated = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha} if uniform else {}
-    save_torch(path, {ENTRY: tensors, **stated})
+    save_torch(path, {ENTRY: tensors, **stated, **_about(adapter)})
 
 
 def _write_peft(path: Path, adapter: Adapter, dtype: torch.dtype | None) -> None:
@@ -249,7 +257,7 @@ def _write_peft(path: Path, adapter: Adapter, dtype: torch.dtype | None) -> None
     }
     partial = path.with_name(path.name + ".tmp")
     try:
-        save_state(partial / PEFT_WEIGHTS, tensors)
+        save_state(partial / PEFT_WEIGHTS, tensors, _about(adapter))
         (partial / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, path)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, nearest
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 VAE_FILE = "vae.safetensors"
@@ -26,5 +26,12 @@ def dit_path() -> Path:
 
 
 def adapter_path(given: str | Path) -> Path:
-    """Where a LoRA is that a configuration names: a shipped one by its name in ADAPTERS, any other by its path."""
-    return asset(ADAPTERS[str(given)]) if str(given) in ADAPTERS else Path(given)
+    """Where a LoRA is that a configuration names: a shipped one by its name in ADAPTERS, any other by its path.
+
+    Raises CheckpointError for what is no file and nearly such a name.
+    """
+    if str(given) in ADAPTERS:
+        return asset(ADAPTERS[str(given)])
+    if not Path(given).exists() and (close := nearest(str(given), ADAPTERS)):
+        raise CheckpointError(f"no LoRA at {given}; did you mean {close}, which ships?")
+    return Path(given)

@@ -174,15 +174,18 @@ def starting_adapter(config: Config, name: str) -> Adapter | None:
 
     Raises ConfigError for several files, and where its rank is not `adapter.rank`.
     """
-    path = config.checkpoints.lora_ckpt
-    if path is not None and not isinstance(path, str):
-        raise ConfigError(f"checkpoints.lora_ckpt names {len(path)} files: a student starts from one LoRA; give one")
-    path = path and adapter_path(path)
+    given = config.checkpoints.lora_ckpt
+    paths = given if isinstance(given, tuple) else (given,)
+    if len(paths) > 1:
+        raise ConfigError(f"checkpoints.lora_ckpt names {len(paths)} files: a student starts from one LoRA; give one")
+    path = paths[0] and adapter_path(paths[0])
     if path is None or (name != STUDENT and not holds_lora(path, f"{name}_lora")):
         return None
     found = read_lora(path, name=name, entry=f"{name}_lora").with_alpha(config.adapter.alpha or config.adapter.fresh_rank)
     if found.rank is None or config.adapter.rank not in (None, found.rank):
         raise ConfigError(f"adapter.rank({config.adapter.rank}) but {path} has rank {found.rank or 'that differs between layers'}; remove adapter.rank")
+    if config.adapter.alpha not in (None, found.alpha):
+        raise ConfigError(f"adapter.alpha({config.adapter.alpha:g}) but {path} states {found.alpha:g}; set adapter.alpha: {found.alpha:g}, or remove it")
     return found
 
 

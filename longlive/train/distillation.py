@@ -105,7 +105,7 @@ class DistillationTask:
         self.cast: Cast = make_cast(config, self.spec, device, film_dtype(config, device), networks)
         self.module: nn.Module = self.cast.student.dit
         self.films.load(self.module.dims)
-        copied = config.infra.rollout_copy and not is_low(self.module)  # a student in low precision makes its films as it learns
+        copied = config.infra.rollout_copy and not is_low(self.module) and config.algorithm.backward_simulation  # in low precision films are made as it learns
         self.stepper = Stepper(self.cast.student, film_dtype(config, device)) if copied else None
         for wanted, reason in self._without_effect(copied):
             logger.warning("%s: %s", wanted, reason)
@@ -129,7 +129,12 @@ class DistillationTask:
         """Settings that this run cannot follow, and why."""
         infra, t = self.config.infra, self.config.training
         if infra.rollout_copy and not copied:
-            yield "infra.rollout_copy is ignored", "a student in low precision makes its films as it learns"
+            off = not self.config.algorithm.backward_simulation
+            yield "infra.rollout_copy is ignored", "off-policy there are no rollouts" if off else "a student in low precision makes its films as it learns"
+        if t.finish_chunks and not self.config.algorithm.backward_simulation:
+            yield "training.finish_chunks is ignored", "off-policy there are no rollouts"
+        if self.config.merge_lora:
+            yield "merge_lora is ignored", "a LoRA that learns stays beside the weights"
         if t.compile and self.cast.critic.adapter is not None:
             yield "training.compile is ignored", "only a critic of its own is compiled (adapter.apply_to_critic: false)"
         if t.max_grad_norm != type(t)().max_grad_norm:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from ..core.errors import CheckpointError
 from ..core.log import launch_rank
+from ..models.files import SHARD_INDEX
 from ..models.lora import Adapter, adapter_of, adapter_state
-from ..models.lora_files import ENTRY, adapter_from, holds_lora, read_lora, write_lora
+from ..models.lora_files import ABOUT, ENTRY, adapter_from, holds_lora, is_lora, read_lora, write_lora
 from ..parallel.fsdp import whole
 from .cast import STUDENT
 from .checkpoint import folders
@@ -39,7 +41,7 @@ def save_adapters(folder: Path, networks: Mapping[str, nn.Module], ema: Mapping[
     student = _adapter(networks[STUDENT], entries[ENTRY])
     about = {"step": int(metadata["step"]), **{key: value for key, value in metadata.items() if key != "step"}}
     save_container(folder / FILE, {**entries, "lora_rank": student.rank, "lora_alpha": student.alpha, "weights": "ema" if ema else "raw", **about})
-    _write_folder(folder / FOLDER, student)
+    _write_folder(folder / FOLDER, replace(student, metadata={**metadata, "weights": "ema" if ema else "raw"}))
 
 
 def _write_folder(place: Path, adapter: Adapter) -> None:
@@ -61,7 +63,6 @@ def _adapter(network: nn.Module, tensors: Mapping[str, Tensor]) -> Adapter:
     """The tensors as an adapter with the alpha of the network's."""
     return adapter_from(tensors, FOLDER).with_alpha(adapter_of(network, STUDENT).alpha)
 
-
 def export_lora(source: Path, out: Path, *, use_ema: bool, layout: str, dtype: torch.dtype, rank: int | None = None) -> dict[str, str]:
     """Writes the student's LoRA of any checkpoint of a distillation, or of a LoRA's file, in a layout of `models.lora_files`; returns what is said of it.
 
@@ -75,14 +76,13 @@ def export_lora(source: Path, out: Path, *, use_ema: bool, layout: str, dtype: t
     adapter = read_lora(place, name=FOLDER, entry=entry)
     if rank is not None:
         adapter = adapter.truncated(rank)
+    if folders(source) or place.is_dir() and (place / SHARD_INDEX).is_file():
+        adapter = replace(adapter, metadata=adapter.metadata | {"weights": "ema" if use_ema else "raw"})
     write_lora(out, adapter, layout, dtype)
-    about = {key: str(adapter.metadata[key]) for key in ("step", "trainer", "weights") if key in adapter.metadata}
-    return {"weights": "ema" if use_ema else "raw"} | about | {"dtype": str(dtype).removeprefix("torch."), "rank": str(adapter.rank), "layout": layout}
+    about = {key: str(adapter.metadata[key]) for key in ABOUT if key in adapter.metadata}
+    return about | {"dtype": str(dtype).removeprefix("torch."), "rank": str(adapter.rank), "layout": layout}
 
 
-def is_lora(source: Path) -> bool:
-    """Whether a checkpoint, or the newest of a LOGDIR, is of a student that is a LoRA; or a file is of a LoRA and holds no generator."""
-    place = (folders(source) or [source])[-1]
-    if place.is_dir():
-        return holds_lora(place)
-    return place.is_file() and holds_lora(place) and not holds_lora(place, "generator")
+def trained_lora(source: Path) -> bool:
+    """Whether a checkpoint, the newest of a LOGDIR, or a file is of a LoRA alone."""
+    return is_lora((folders(source) or [source])[-1])

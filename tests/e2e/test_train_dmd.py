@@ -52,6 +52,14 @@ def test_prompts_become_a_lora_that_generates(here, capsys):
     assert len(list((here / "videos").glob("*.mp4"))) == 1
 
 
+def test_a_lora_trained_from_the_base_model_serves_the_ar_model(here, capsys):
+    (here / "prompts.txt").write_text("a red circle bounces\n")
+    assert trained("train_dmd.yaml", "data.data_path=prompts.txt", "evaluation.interval=0", "checkpoints.generator_ckpt=null") == 0, capsys.readouterr().err
+    words = ["data.data_path=prompts.txt", "inference_iter=0", "inference.sampling_steps=1", "adapter.rank=4", "output_folder=videos"]
+    assert command(entry.inference, ["--config_path", "configs/inference.yaml", "--overwrite", *words, "checkpoints.lora_ckpt=logs/lora.pt"]) == 0
+    assert len(list((here / "videos").glob("*.mp4"))) == 1
+
+
 def test_first_frames_of_videos_are_given(here, capsys):
     from longlive.engine.sinks import Mp4Sink
 

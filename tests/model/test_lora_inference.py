@@ -1,6 +1,7 @@
 """Adapters that a configuration names, on the way to films: merged or live, one or several, and the script that merges."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,11 +24,13 @@ from longlive.engine.rollout import RolloutSettings
 from longlive.engine.session import Request
 from longlive.models.lora import Adapter, LoraLayer, LoraStack, attach, branches
 from longlive.models.lora_files import write_lora
+from longlive.models.shipped import asset
 from longlive.models.spec import TINY
 from longlive.models.wan_dit import WanDiT
 from longlive.models.weights import read_state, save_state
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -183,3 +186,20 @@ def test_a_lora_of_another_model_stops_loading(files):
     for words in ([], ["merge_lora=true"]):
         with pytest.raises(CheckpointError, match="blocks.0.ffn.0 is 2 -> 2 in the LoRA and 32 -> 64 in the model"):
             loaded(config(files, *words, lora="other.safetensors"))
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_shipped_adapters_serve_by_their_names(steps):
+    config = load_config(ROOT / "configs" / "tiny" / f"inference_{steps}steps.yaml")
+    assert (config.inference.sampling_steps, config.inference.guidance_scale) == (steps, 1.0)
+    ((adapter, weight),) = configured_adapters(config)
+    assert weight == 1.0 and adapter.path == asset(f"lora-{steps}steps.safetensors")
+    few, plain = loaded(config), loaded(default_config("tiny"))
+    layer = adapter.layers["blocks.3.ffn.0"]
+    added = few.blocks[3].ffn[0].weight - plain.blocks[3].ffn[0].weight
+    torch.testing.assert_close(added, (layer.scale * layer.b_OR.float() @ layer.a_RI.float()), rtol=1e-2, atol=1e-5)
+
+
+def test_a_misspelt_name_of_a_shipped_adapter_is_recognised():
+    with pytest.raises(CheckpointError, match="did you mean tiny-4steps, which ships?"):
+        configured_adapters(default_config("tiny", ["checkpoints.lora_ckpt=tiny-4step", "adapter={}"]))

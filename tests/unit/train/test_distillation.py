@@ -20,7 +20,7 @@ from longlive.parallel.mesh import Mesh
 from longlive.train import RunOptions, checkpoint, rehearse, run, trainer
 from longlive.train import distillation as module
 from longlive.train.cast import Merged
-from longlive.train.lora_export import export_lora, is_lora
+from longlive.train.lora_export import export_lora, trained_lora
 from longlive.train.optim import guarded_step
 from longlive.train.players import Player
 from longlive.train.state import parts
@@ -208,6 +208,11 @@ RUNS = {
     "rollout copy": {"infra": {"rollout_copy": True}, "training": {"critic_reuses_rollout": True, "gradient_accumulation_steps": 2}},
     "critic of its own": {"adapter": {"rank": 2, "apply_to_critic": False}},
     "all weights": {"adapter": None},
+    "regression": {
+        "algorithm": {"regression_steps": 4, "teacher_forcing": True},
+        "infra": {"gradient_checkpointing": True},
+        "training": {"critic_reuses_rollout": True, "visibility": "window", "shot_offset": True},
+    },
     "streaming": {"training": {"streaming_frames": 56, "num_training_frames": 24, "slice_last_frames": 24}},
 }
 
@@ -233,7 +238,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, kind):
     assert ends[0] == ends[1]
     entries = {name.split(".")[0] for name in ends[0]} - {"rank"}
     student = "generator" if kind == "all weights" else "generator_lora"
-    critic = "critic_lora" if kind in ("LoRA", "rollout copy", "streaming") else "critic"
+    critic = "critic" if kind in ("critic of its own", "all weights") else "critic_lora"
     assert entries == {student, f"{student}_ema", f"{student}_optimizer", critic, f"{critic}_optimizer"}
     states = [checkpoint.read_sharded(tmp_path / folder / "checkpoint_model_000005", ends[0]) for folder in ("whole", "half")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -264,7 +269,8 @@ def test_the_lora_of_a_checkpoint_is_exported_and_generates(tmp_path):
     config = load_config(distillation(tmp_path, training={"max_iters": 2, "log_iters": 2, "dfake_gen_update_ratio": 1}))
     run(config, tmp_path / "run", RunOptions())
     place = tmp_path / "run" / "checkpoint_model_000002"
-    assert is_lora(tmp_path / "run") and is_lora(place) and is_lora(tmp_path / "run" / "lora.pt") and not is_lora(tmp_path / "generator.safetensors")
+    assert all(map(trained_lora, (tmp_path / "run", place, tmp_path / "run" / "lora.pt", tmp_path / "run" / "lora")))
+    assert not trained_lora(tmp_path / "generator.safetensors")
     about = export_lora(tmp_path / "run", tmp_path / "student.pt", use_ema=True, layout="published", dtype=torch.float32)
     assert about["weights"] == "ema" and about["step"] == "2" and about["rank"] == "4"
     export_lora(place, tmp_path / "student.safetensors", use_ema=False, layout="comfyui", dtype=torch.float32)
@@ -272,8 +278,14 @@ def test_the_lora_of_a_checkpoint_is_exported_and_generates(tmp_path):
     assert average.alpha == raw.alpha == own.alpha == 8
     said = export_lora(tmp_path / "run" / "lora.pt", tmp_path / "narrow.safetensors", use_ema=False, layout="kohya", dtype=torch.float32, rank=2)
     assert (said["rank"], said["weights"]) == ("2", "ema")
-    narrow = read_lora(tmp_path / "narrow.safetensors")
-    assert narrow.rank == 2 and narrow.metadata["steps"] == str(config.inference.sampling_steps)
+    for layout, name in (("comfyui", "again.safetensors"), ("peft", "again"), ("published", "again.pt")):
+        export_lora(tmp_path / "narrow.safetensors", tmp_path / name, use_ema=False, layout=layout, dtype=torch.float32)
+        assert trained_lora(tmp_path / name)
+    stated = {"trainer": "score_distillation", "step": 2, "steps": config.inference.sampling_steps, "seed": config.logging.seed}
+    for name, weights in (("narrow.safetensors", "ema"), ("again", "ema"), ("again.pt", "ema"), ("student.pt", "ema"), ("student.safetensors", "raw")):
+        found = read_lora(tmp_path / name)
+        assert {key: str(found.metadata[key]) for key in stated} == {key: str(value) for key, value in stated.items()}, name
+        assert found.metadata["weights"] == weights and found.rank == (4 if name.startswith("student") else 2), name
     name = "blocks.0.self_attn.q"
     assert torch.equal(raw.layers[name].b_OR, own.layers[name].b_OR) and not torch.equal(average.layers[name].b_OR, raw.layers[name].b_OR)
     generate = load_config({**distillation(tmp_path), "algorithm": {}, "checkpoints": {**distillation(tmp_path)["checkpoints"], "lora_ckpt": str(place)}})

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from dmd_toys import distillation, draw_of, gradients, toy_task
+from dmd_toys import distillation as settings
+from dmd_toys import draw_of, gradients, toy_task
 from train_toys import shrink_tiny
 
 from longlive.config import load_config
 from longlive.core.errors import ConfigError
 from longlive.models import spec
+from longlive.train import distillation
 from longlive.train.optim import guarded_step
 from longlive.train.players import Player
 from longlive.train.state import parts
@@ -84,4 +86,27 @@ def test_the_critic_learns_as_ever(tmp_path):
 )
 def test_what_it_needs_is_said_before_weights_are_read(tmp_path, sections):
     with pytest.raises(ConfigError, match="regression_steps"):
-        load_config(distillation(tmp_path, **{**sections, "algorithm": {"regression_steps": 3} | sections.get("algorithm", {})}))
+        load_config(settings(tmp_path, **{**sections, "algorithm": {"regression_steps": 3} | sections.get("algorithm", {})}))
+
+
+def test_recomputed_activations_know_who_spoke(tmp_path):
+    """The teacher has spoken when the student's blocks are recomputed."""
+    kept, recomputed = (toy_task(tmp_path, algorithm=START, infra={"gradient_checkpointing": again}) for again in (False, True))
+    for task in (kept, recomputed):
+        for branch in task.cast.student.all_branches:
+            torch.nn.init.normal_(branch.b, std=0.1, generator=torch.Generator().manual_seed(1))
+    (loss, ours), (other, theirs) = (gradients(task, 0) for task in (kept, recomputed))
+    assert loss == other and any(gradient.abs().max() > 0 for gradient in ours.values())
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_given_frame_and_early_chunks_do_not_count(tmp_path, monkeypatch):
+    task, seen = toy_task(tmp_path, algorithm=START | {"i2v": True}, training={"slice_last_frames": 8}), []
+    monkeypatch.setattr(distillation, "velocity_loss", lambda mine, wanted, mask_BF: seen.append(mask_BF) or (mine - wanted).square().mean())
+    step = task.batch(draw_of(task, 1, 0))
+    task.loss(step)
+    (mask_BF,) = seen
+    whole = toy_task(tmp_path, algorithm=START | {"i2v": True})
+    whole.loss(whole.batch(draw_of(whole, 1, 0)))
+    assert mask_BF[:, -8:].all() and not mask_BF[:, :-8].any() and not seen[1][:, 0].any() and seen[1][:, 1:].all()
