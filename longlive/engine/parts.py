@@ -110,8 +110,7 @@ def load_codec(
 
     `folder` or `path`: a checkpoint elsewhere. `pruning_rate` is checked against the file, which knows its own.
     """
-    if config.inference.vae_fp8:
-        _has_fp8_tiles(device, "inference.vae_fp8: true", "set inference.vae_fp8: false")
+    _check_decode(config, device)
     kind, dtype = config.inference.vae_type, dtype or decode_dtype(config, device)
     group = CPU_GROUP if device.type == "cpu" else 0
     if not spec.folder:
@@ -121,15 +120,26 @@ def load_codec(
     else:
         found = path or (folder / Path(vae_type(kind).path).name if folder else vae_place(kind))
     codec = read_codec(found, spec.vae, device=device, dtype=dtype, group=group)
-    if config.inference.vae_fp8:
-        decoder_to_fp8(codec.vae)
-    if config.inference.vae_tile_rows:
-        decode_in_tiles(codec, config.inference.vae_tile_rows)
+    decode_as_configured(config, codec)
     if pruning_rate is not None:
         own = round(1 - codec.vae.dims.decoder_base / spec.vae.decoder_base, 6)
         if abs(own - pruning_rate) > 1e-3:
             raise InputError(f"{found} is pruned by {own}, not by {pruning_rate}; leave --lightvae_pruning_rate away, or give the other file")
     return codec, found
+
+
+def decode_as_configured(config, codec: VideoCodec) -> None:
+    """Makes `codec` decode as `inference.vae_fp8` and `inference.vae_tile_rows` say. Raises ConfigError where its device lacks the kernels of FP8."""
+    _check_decode(config, codec.device)
+    if config.inference.vae_fp8:
+        decoder_to_fp8(codec.vae)
+    if config.inference.vae_tile_rows:
+        decode_in_tiles(codec, config.inference.vae_tile_rows)
+
+
+def _check_decode(config, device: torch.device) -> None:
+    if config.inference.vae_fp8:
+        _has_fp8_tiles(device, "inference.vae_fp8: true", "set inference.vae_fp8: false")
 
 
 def decode_dtype(config, device: torch.device) -> torch.dtype:

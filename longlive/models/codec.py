@@ -121,7 +121,8 @@ class VideoCodec:
         return self._groups(self.vae.decode, state, z_BFCHW)
 
     def byte_groups(self, state: CodecState | None, z_BFCHW: Tensor) -> Iterator[tuple[CodecState, Tensor]]:
-        """Like `decode_groups`, as uint8 [B,T,H,W,3]. Each state takes the memory of the one before, which is then void: clone one that is to be kept."""
+        """Like `decode_groups`, as uint8 [B,T,H,W,3]. Each state takes the memory of the one before, which is then void, and so is a stream
+        whose decode was interrupted: clone a state that is to be kept."""
         return self._groups(partial(self.vae.decode_bytes, reuse=True), state, z_BFCHW)
 
     def _groups(self, decode: Callable, state: CodecState | None, z_BFCHW: Tensor) -> Iterator[tuple[CodecState, Tensor]]:

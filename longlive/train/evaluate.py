@@ -29,7 +29,7 @@ from ..core.log import logger, warn_once
 from ..core.story import Storyboard
 from ..data.prompts import read_path
 from ..engine.naming import prompts_text
-from ..engine.parts import CPU_GROUP, decode_dtype, load_text_encoder
+from ..engine.parts import CPU_GROUP, decode_as_configured, decode_dtype, load_text_encoder
 from ..engine.pipeline import Pipeline, choose_dtype
 from ..engine.session import Request
 from ..engine.sinks import LatentsSink, Mp4Sink, VideoSink, beside, write_failed, write_text
@@ -136,6 +136,7 @@ class Evaluator:
             group = CPU_GROUP if self.device.type == "cpu" else 0
             dtype = decode_dtype(self.config, self.device)
             self.codec = read_codec(training_vae(self.config, self.spec), self.spec.vae, device=self.device, dtype=dtype, group=group)
+        decode_as_configured(self.config, self.codec)
         if self.encoder is None:
             self.encoder = load_text_encoder(self.spec, self.device, self.dtype)[0]
         self.judge = Judge.load(self.device) if self.world else None

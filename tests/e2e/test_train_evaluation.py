@@ -11,23 +11,26 @@ from longlive.cli import entry
 from longlive.cli.app import run as command
 from longlive.config import load_config
 from longlive.models import spec
+from longlive.models.vae_fp8 import Fp8Conv
 from longlive.models.weights import read_state
 from longlive.train import RunOptions, checkpoint, evaluate, run
 from longlive.world.judge import ATTRIBUTES
 
 WORLD = ["data.data_path=null", "world.clips=2", "world.chunks=2", "world.max_shots=2", "training.max_iters=3", "training.ema_weight=0.9"]
-EVALUATED = ["evaluation.interval=1", "evaluation.use_ema=true", "evaluation.val_batch_size=2", "inference.sampling_steps=1"]
+EVALUATED = ["evaluation.interval=1", "evaluation.use_ema=true", "evaluation.val_batch_size=2", "inference.sampling_steps=1", "inference.vae_fp8=true"]
 
 
 @pytest.mark.parametrize("how", [["training.compile=false", "infra.gradient_checkpointing=true"], ["training.visibility=window", "training.optimizer=muon"]])
 def test_evaluations_leave_the_run_as_it_was(tmp_path, monkeypatch, how):
-    """D1: after every step films, held-out losses and scores of two sets of weights; then the next step as if there had been none."""
+    """D1: after every step films (decoded as configured), held-out losses and scores of two sets of weights; then the next step as if there had been none."""
     monkeypatch.setitem(spec.MODELS, "tiny", spec.TINY)
     shrink_tiny()
     monkeypatch.setattr(evaluate, "FILMS", 1)
     monkeypatch.setattr("longlive.train.validation.CLIPS", 1)
     monkeypatch.setattr(evaluate.Judge, "read", lambda *_: None)  # the judge takes seconds
     monkeypatch.setattr(evaluate, "score_film", lambda *_: dict.fromkeys(ATTRIBUTES, 0.5))
+    decoders, configured = [], evaluate.decode_as_configured
+    monkeypatch.setattr(evaluate, "decode_as_configured", lambda given, codec: configured(given, codec) or decoders.append(codec.vae.decoder))
     config = load_config(training("", write_vae(tmp_path)), [*WORLD, *how, "algorithm.i2v=true"])
     fresh = RunOptions(auto_resume=False, save=False)
     run(config, tmp_path / "alone", fresh)
@@ -35,6 +38,7 @@ def test_evaluations_leave_the_run_as_it_was(tmp_path, monkeypatch, how):
     rows = [json.loads(line) for line in (tmp_path / "beside" / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and len({row["val_loss"] for row in rows}) == 3 and rows[0]["judge_cuts_ema"] == 0.5
     assert losses(tmp_path / "alone") == losses(tmp_path / "beside")
+    assert [any(isinstance(part, Fp8Conv) for part in decoder.modules()) for decoder in decoders] == [True]
     for name in ("raw", "dit"):
         alone, beside = (read_state(tmp_path / folder / f"{name}-00001-of-00001.safetensors").tensors for folder in ("alone", "beside"))
         assert all(torch.equal(beside[key], tensor) for key, tensor in alone.items())
