@@ -1,7 +1,7 @@
 #!/bin/sh
 # The small model's weights, leg by leg, as docs/recipes/tiny.md describes them: benchmarks/tiny_legs.sh OUT [leg ...]
-# Legs: vae1 vae2 judge ar1 ar2 ar3 ar4 ar5 few4 few4b few2; none named: these, in order. few4s is the streaming leg, which does not ship. Every leg is one
-# command of less than ten minutes and starts from the files of the legs before it in OUT. GPUS (default 4) processes train a leg of several; seconds of
+# Legs: vae1 vae2 judge ar1 ar2 ar3 ar4 ar5 few4 few4b few2; none named: these, in order. few4s is the streaming leg, qat1 and qat2 train in NVFP4
+# (docs/precision.md); they do not ship. Every leg is one command of less than ten minutes and starts from the files of the legs before it in OUT. GPUS (default 4) processes train a leg of several; seconds of
 # training, seeds and settings are those of the shipped weights.
 # SCALE divides the seconds and the stories, for a rehearsal: SCALE=100.
 set -eu
@@ -21,6 +21,7 @@ half=$(((gpus + 1) / 2)); early="checkpoints.vae_ckpt=$out/vae1/vae.safetensors"
 adamw="training.optimizer=adamw training.weight_decay=0.0 world.wordings=1 training.batch_size=8 world.clips=$((2200 / scale))"
 stories="world.clips=$((2048 / scale))"
 told="world.memory=0 world.away=0.25"
+fp4="infra.model_quant=true infra.model_quant_scale_rule=mse infra.model_quant_activation_scale_rule=mse training.compile=false training.batch_size=4 training.ema_start_step=20 world.chunks=8"
 for step in "$@"; do
   case $step in
     vae1) leg vae1 train_vae.yaml 1 430 vae.mask_weight=4 vae.mse_weight=2 ;;
@@ -41,6 +42,8 @@ for step in "$@"; do
       world.seed=103 logging.seed=3 training.streaming_frames=240 world.min_shots=4 world.max_shots=8 training.compile=false ;;
     few2) leg few2 train_dmd.yaml 1 370 "$(ema ar5)" $stories inference.sampling_steps=2 algorithm.regression_steps=250
       small few2 2 ;;
-    *) echo "unknown leg $step (vae1 vae2 judge ar1 ar2 ar3 ar4 ar5 few4 few4b few4s few2)" >&2; exit 2 ;;
+    qat1) leg qat1 train_ar.yaml 1 140 "$(ema ar5)" $fp4 training.lr=3.0e-4 training.warmup_steps=50 training.ema_weight=0.99 world.seed=9 logging.seed=9 world.clips=$((512 / scale)) ;;
+    qat2) leg qat2 train_ar.yaml 1 170 "$(ema qat1)" $fp4 training.lr=4.0e-4 training.warmup_steps=30 training.ema_weight=0.995 world.seed=10 logging.seed=10 world.clips=$((640 / scale)) ;;
+    *) echo "unknown leg $step (vae1 vae2 judge ar1 ar2 ar3 ar4 ar5 few4 few4b few4s few2 qat1 qat2)" >&2; exit 2 ;;
   esac
 done
