@@ -17,7 +17,7 @@ from torch import Tensor
 from .fp8 import DTYPE, quantise_rows, to_e4m3
 from .frames import norm_silu
 from .inference import fuses
-from .triton_available import fused_fp8_tiles
+from .triton_available import fused_fp8_tiles, fused_roles
 
 MULTIPLE = 64  # channels in and out
 
@@ -59,6 +59,10 @@ def norm_silu_fp8(x_BTHWC: Tensor, gamma: Tensor, past: Tensor, bias: Tensor | N
 def convolution_fp8(frames: Tensor, codes: Tensor, scales: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """The convolution of FP8 frames [B, 2 + T, PH, PW, C], plus bias, plus residual: [B, T, H, W, O] in the dtype of bias. No gradient passes."""
     if tensor_cores(bias) and fits(frames.shape[-1], codes.shape[1]):
+        if fused_roles(bias):
+            from . import hopper_conv
+
+            return hopper_conv.convolution(frames, codes, scales, bias, residual)
         from . import triton_conv
 
         return triton_conv.convolution(frames, codes, scales, bias, residual)
