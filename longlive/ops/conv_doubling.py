@@ -19,7 +19,7 @@ from .fp8 import DTYPE, LARGEST, quantise_rows, to_e4m3
 from .frames import Beside, interleave
 from .inference import fuses
 from .packed import divided
-from .triton_available import fused_fp8_tiles, fused_tiles
+from .triton_available import fused_fp8_tiles, fused_roles, fused_tiles
 
 MULTIPLE = 64  # channels in and out
 
@@ -59,11 +59,20 @@ def _given(beside: Beside | None, frames: int) -> tuple[Tensor, int, int, int] |
     return None if beside is None else (beside.x, frames, beside.time, beside.time - 1 if beside.first else 0)
 
 
-def doubled(x_BTHWC: Tensor, rows: Tensor, bias: Tensor, beside: Beside | None) -> Tensor:
-    """[B, T, 2H, 2W, O], where `fits`."""
+def _fused(x: Tensor, *operands) -> Tensor:
+    """The kernel of this card."""
+    if fused_roles(x):
+        from . import hopper_doubling
+
+        return hopper_doubling.doubled(x, *operands)
     from . import triton_doubling
 
-    return triton_doubling.doubled(x_BTHWC.flatten(0, 1), rows, bias, _given(beside, x_BTHWC.shape[1])).unflatten(0, x_BTHWC.shape[:2])
+    return triton_doubling.doubled(x, *operands)
+
+
+def doubled(x_BTHWC: Tensor, rows: Tensor, bias: Tensor, beside: Beside | None) -> Tensor:
+    """[B, T, 2H, 2W, O], where `fits`."""
+    return _fused(x_BTHWC.flatten(0, 1), rows, bias, _given(beside, x_BTHWC.shape[1])).unflatten(0, x_BTHWC.shape[:2])
 
 
 def quantise_frames(x_NHWC: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +90,7 @@ def doubled_fp8(x_BTHWC: Tensor, rows: Tensor, scales: Tensor, bias: Tensor, bes
         from . import triton_doubling
 
         codes, of_frames = triton_doubling.quantise_frames(x)
-        return triton_doubling.doubled(codes, rows, bias, _given(beside, frames), (of_frames, scales)).unflatten(0, x_BTHWC.shape[:2])
+        return _fused(codes, rows, bias, _given(beside, frames), (of_frames, scales)).unflatten(0, x_BTHWC.shape[:2])
     codes, of_frames = quantise_frames(x)
     taps = (rows.float().unflatten(0, (4, -1)) * scales[:, None]).unflatten(0, (2, 2)).permute(2, 3, 0, 1)
     y = F.conv2d((codes.float() * of_frames[:, None, None, None]).permute(0, 3, 1, 2), taps, padding=1).permute(0, 2, 3, 1)

@@ -1,4 +1,5 @@
-"""A 3x3x3 convolution over time in FP8, as one matrix product per tap and block of channels. (`conv_fp8` says when, and is the reference.)
+"""A 3x3x3 convolution over time in FP8, as one matrix product per tap and block of channels. (`conv_fp8` says when, and is the reference;
+Hopper has its own, `hopper_conv`.)
 
 Frames come with a border of zeros, so that every tap of every position is the same number of rows away: position p of the padded plane reads row
 p + (dt * PH + dh) * PW + dw. Positions in the border are computed and dropped (1 % at the largest stage). Rows reach shared memory by the copy engine,

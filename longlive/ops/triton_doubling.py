@@ -3,7 +3,7 @@
 A tile is a run of positions, row after row. The copy engine gives zeros above and below the frame; beside it a tap reads the neighbouring row, so the taps that
 look over that edge come first, and what they gave positions at the edge is put to zero. The tile goes straight to every second pixel of the large frame, with
 scale, bias and the stage's doubled input added before the only rounding. Operands are bfloat16 or float16, or e4m3 codes with scales. (`conv_doubling` says
-when.)
+when; Hopper has its own, `hopper_doubling`.)
 
 Legend: N = B * T frames, H W rows and columns of the small grid, C channels in, O or OUT channels out, phase = 2 j + k for row 2h + j and column 2w + k.
 """

@@ -10,7 +10,7 @@ from longlive.models.vae_fp8 import decoder_to_fp8
 from longlive.models.wan_vae import WanVAE
 from longlive.ops import conv_doubling, conv_narrow
 from longlive.ops.frames import Beside
-from longlive.ops.triton_available import fp8_tiles_lack
+from longlive.ops.triton_available import fp8_tiles_lack, fused_roles
 
 pytestmark = [*MARKS, pytest.mark.skipif(torch.cuda.is_available() and fp8_tiles_lack(DEVICE) is not None, reason="needs Hopper or datacentre Blackwell")]
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter multiplies the bits of bfloat16
@@ -32,15 +32,26 @@ def shortcut(kind, batch, frames, rows, columns, outputs):
     return Beside(random(batch, (frames + time - 1) // time, rows, columns, width * outputs, seed=4, dtype=DTYPE), time, first)
 
 
-SIZES = [(1, 1, 1, 1, 64, 64, None), (2, 2, 3, 5, 64, 128, "same"), (1, 3, 9, 4, 128, 64, "first"), (1, 2, 2, 17, 64, 64, "wide")]
-LARGE = [(1, 4, 17, 33, 512, 512, "wide"), (2, 3, 11, 20, 1024, 1024, "first"), (1, 2, 8, 70, 256, 256, "same")]
-
-
-@pytest.mark.parametrize("batch, frames, rows, columns, inputs, outputs, kind", SIZES if INTERPRETED else SIZES + LARGE)
-@pytest.mark.parametrize("low", [False, True])
-def test_doubling(batch, frames, rows, columns, inputs, outputs, kind, low):
+def kernels():
+    """The kernels that can run here, by name."""
     from longlive.ops import triton_doubling
 
+    found = {"triton": triton_doubling.doubled}
+    if fused_roles(torch.empty(0, device=DEVICE)):
+        from longlive.ops import hopper_doubling
+
+        found["hopper"] = hopper_doubling.doubled
+    return found
+
+
+SIZES = [(1, 1, 1, 1, 64, 64, None), (2, 2, 3, 5, 64, 128, "same"), (1, 3, 9, 4, 128, 64, "first"), (1, 2, 2, 17, 64, 64, "wide")]
+LARGE = [(1, 4, 17, 33, 512, 512, "wide"), (2, 3, 11, 20, 1024, 1024, "first"), (1, 2, 8, 70, 256, 256, "same"), (2, 5, 44, 80, 192, 128, "wide")]
+LARGER = [(2, 6, 60, 81, 256, 256, "first"), (1, 9, 50, 64, 64, 64, None)]  # more tiles than programs that stay
+
+
+@pytest.mark.parametrize("batch, frames, rows, columns, inputs, outputs, kind", SIZES if INTERPRETED else SIZES + LARGE + LARGER)
+@pytest.mark.parametrize("low", [False, True])
+def test_doubling(batch, frames, rows, columns, inputs, outputs, kind, low):
     x, weight = 3 * random(batch, frames, rows, columns, inputs, seed=1, dtype=DTYPE), inputs**-0.5 * random(outputs, inputs, 3, 3, seed=2, dtype=DTYPE)
     bias, beside = random(outputs, seed=3, dtype=DTYPE), shortcut(kind, batch, frames, rows, columns, outputs)
     given = None if beside is None else (beside.x, frames, beside.time, beside.time - 1 if beside.first else 0)
@@ -49,16 +60,19 @@ def test_doubling(batch, frames, rows, columns, inputs, outputs, kind, low):
         codes, scales = conv_doubling.quantise_frames(flat)
         taps, of_taps = conv_doubling.quantise_phases(weight)
         exact = (codes.float() * scales[:, None, None, None]).unflatten(0, x.shape[:2])
-        found = triton_doubling.doubled(codes, taps, bias, given, (scales, of_taps)).unflatten(0, x.shape[:2])
+        operands = (codes, taps, bias, given, (scales, of_taps))
         reference = conv_doubling.doubled_fp8(exact.cpu(), taps.cpu(), of_taps.cpu(), bias.cpu(), beside and Beside(beside.x.cpu(), beside.time, beside.first))
-        assert apart(found, reference) < 2 * BOUND and apart(found, truth) < 0.06
     else:
-        taps = conv_doubling.tap_rows(conv_doubling.phases(weight))
-        found = triton_doubling.doubled(flat, taps, bias, given).unflatten(0, x.shape[:2])
-        assert apart(found, truth) < BOUND + 2e-3  # bfloat16 sums of taps are rounded
-    assert found.shape == truth.shape and found.isfinite().all()
-    worst = ((found.double() - truth).norm(dim=-1) / truth.norm(dim=-1)).max()
-    assert worst < (0.15 if low else 0.02)  # at every pixel
+        operands = (flat, conv_doubling.tap_rows(conv_doubling.phases(weight)), bias, given)
+    for name, doubled in kernels().items():
+        found = doubled(*operands).unflatten(0, x.shape[:2])
+        assert found.shape == truth.shape and found.isfinite().all(), name
+        if low:
+            assert apart(found, reference) < 2 * BOUND and apart(found, truth) < 0.06, name
+        else:
+            assert apart(found, truth) < BOUND + 2e-3, name  # bfloat16 sums of taps are rounded
+        worst = ((found.double() - truth).norm(dim=-1) / truth.norm(dim=-1)).max()
+        assert worst < (0.15 if low else 0.02), name  # at every pixel
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 64), (3, 5, 7, 64)])
@@ -96,10 +110,10 @@ def test_narrow(batch, frames, rows, columns, inputs, outputs, pad, ring, monkey
 @GPU_ONLY
 @pytest.mark.parametrize("low", [False, True])
 def test_a_decoder_takes_them_without_gradients_only(low, monkeypatch):
-    from longlive.ops import triton_doubling, triton_narrow
+    from longlive.ops import triton_narrow
 
     calls = []
-    for module, name in ((triton_doubling, "doubled"), (triton_narrow, "convolution")):
+    for module, name in ((conv_doubling, "_fused"), (triton_narrow, "convolution")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
     vae, z = WanVAE(VAEDims(encoder_base=4, decoder_base=64, decoder_blocks=1)).to(DEVICE), random(1, 48, 3, 5, 7)
@@ -114,7 +128,7 @@ def test_a_decoder_takes_them_without_gradients_only(low, monkeypatch):
         assert not calls
     with torch.no_grad():
         found = vae.decode(z)[0]
-        assert calls == ["doubled"] * 3 + ["convolution"]
+        assert calls == ["_fused"] * 3 + ["convolution"]
         monkeypatch.setattr(conv_doubling, "fused_tiles", lambda x: False)
         monkeypatch.setattr(conv_doubling, "fused_fp8_tiles", lambda x: False)
         monkeypatch.setattr(conv_narrow, "fused_tiles", lambda x: False)
