@@ -129,7 +129,7 @@ def multiply(
 
 
 @gluon.jit(do_not_specialize=["tiles", "frames", "frames_beside", "lost"])
-def fused_doubling_hopper(
+def fused_doubling_convolution_hopper(
     x_tiles, w_rows, x_scales, w_scales, bias, beside, out, tiles, frames, frames_beside, lost, H, W,
     C: gl.constexpr, OUT: gl.constexpr, TIME: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
@@ -166,7 +166,7 @@ def doubled(
     other = other.contiguous()
     x_scales, w_scales = (bias, bias) if scales is None else scales
     tiles = N * triton.cdiv(H * W, 2 * M) * 4 * (outputs // columns)
-    fused_doubling_hopper[(min(tiles, multiprocessors(x.device)),)](
+    fused_doubling_convolution_hopper[(min(tiles, multiprocessors(x.device)),)](
         tiled(x.flatten(1, 2), [1, M, block]), tiled(rows, [columns, block]), x_scales, w_scales, bias, other, out,
         tiles, frames, other.shape[1], lost, H, W, C=C, OUT=outputs, TIME=time, STEP=other.shape[-1] // outputs, STAGES=stages,
         SCALED=scales is not None, BESIDE=beside is not None, num_warps=4,
