@@ -37,9 +37,10 @@ def demo(folder: Folder = Path("examples"), output: Output = Path("outputs/demo"
         raise InputError(f"no storyboards (*.yaml) in {folder}; run it in the repository, or name a folder that holds some")
     boards = [read_storyboard(path) for path in paths]
     stories = [read_story(board) for board in boards]
+    names = [board.title or path.stem for board, path in zip(boards, paths)]
     judge, started = Judge.load(), time.perf_counter()
     with FilmProgress() as listener:
-        films = generate_films(default_config("tiny", FEW_STEPS), boards, output, overwrite=True, listener=listener)
+        films = generate_films(default_config("tiny", FEW_STEPS), boards, output, overwrite=True, listener=listener, names=names)
     frames, seconds = sum(film.frames for film in films), time.perf_counter() - started
     typer.echo(f"{len(films)} film{'s' * (len(films) > 1)}, {frames} frames, made in {seconds:.0f} s with loading")
     for film in films:

@@ -22,9 +22,9 @@ from ..models.spec import VAE_TYPES
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 GIGA = 10**9
-WAN_FETCH = "huggingface-cli download Wan-AI/Wan2.2-TI2V-5B --local-dir wan_models/Wan2.2-TI2V-5B"
-LONG_FETCH = "huggingface-cli download Efficient-Large-Model/LongLive-2.0-5B --local-dir LongLive-2.0-5B"
-LIGHT_FETCH = "download it from Skywork/Matrix-Game-3.0"
+WAN_FETCH = "hf download Wan-AI/Wan2.2-TI2V-5B --local-dir wan_models/Wan2.2-TI2V-5B"
+LONG_FETCH = "hf download Efficient-Large-Model/LongLive-2.0-5B --local-dir LongLive-2.0-5B"
+LIGHT_FETCH = "hf download Skywork/Matrix-Game-3.0 {} --local-dir wan_models/Matrix-Game-3.0"
 
 # place (a glob, relative to the working directory), what it is, how to get it
 WEIGHTS = (
@@ -33,7 +33,7 @@ WEIGHTS = (
     ("wan_models/Wan2.2-TI2V-5B/models_t5_umt5-xxl-enc-bf16.pth", "UMT5-XXL text encoder", WAN_FETCH),
     ("wan_models/Wan2.2-TI2V-5B/google/umt5-xxl/*", "UMT5-XXL tokenizer", WAN_FETCH),
     ("LongLive-2.0-5B/model_bf16.pt", "LongLive 2.0 generator", LONG_FETCH),
-    *((kind.path, f"decoder for vae_type: {name}", LIGHT_FETCH) for name, kind in VAE_TYPES.items() if kind.rate),
+    *((kind.path, f"decoder for vae_type: {name}", LIGHT_FETCH.format(Path(kind.path).name)) for name, kind in VAE_TYPES.items() if kind.rate),
 )
 
 # module -> (what for, required)

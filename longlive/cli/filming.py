@@ -11,11 +11,29 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from math import gcd
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from ..core.errors import InputError
 from ..core.log import launch_rank, logger
 from ..core.story import Storyboard
+
+ModelOption = Annotated[str | None, typer.Option("--model", help="tiny (where nothing else is said) or wan2.2-ti2v-5b.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings from a YAML file instead of --model.")]
+
+
+def film_config(model: str | None, file: Path | None, overrides: list[str]):
+    """The settings of `file`, else those that `model` (None: tiny) was released with. Raises InputError where the two name different models."""
+    from ..config import default_config, load_config
+    from ..models.spec import model_spec
+
+    if file is None:
+        return default_config(model or "tiny", overrides)
+    config = load_config(file, overrides)
+    if model is not None and model_spec(model) is not model_spec(config.model_kwargs.model_name):
+        raise InputError(f"--model {model} and --config {file} name different models (the file: {config.model_kwargs.model_name}); give one of the two")
+    return config
 
 
 def group_sizes_of(config) -> list[int] | None:

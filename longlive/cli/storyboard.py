@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import OVERRIDES, split_overrides
+from .filming import ConfigOption, ModelOption, film_config
 
 group = typer.Typer(no_args_is_help=True, help="Check and plan storyboard files.")
 
@@ -25,20 +26,34 @@ def check(file: File) -> None:
     from ..data.storyboard_file import read_storyboard
 
     board = read_storyboard(file)
-    for line in advise(board):
+    for line in advise(board, by_length=not in_the_small_world(board)):
         typer.echo(f"advice: {line}")
     count = len(board.shots)
     typer.echo(f"ok: {file}, {count} shot{'s' if count > 1 else ''}")
+
+
+def in_the_small_world(board) -> bool:
+    """Whether all shots are told in the words that `tiny` knows: its sentences are short, and the prompt guide is not for them."""
+    from ..core.errors import InputError
+    from ..world.reader import read_shot
+
+    known = []
+    try:
+        for shot in board.shots:
+            known += [role.character for role in read_shot(shot.prompt, known=known).roles]
+    except InputError:
+        return False
+    return True
 
 
 @group.command("plan", context_settings=OVERRIDES)
 def plan_command(
     ctx: typer.Context,
     file: File,
-    model: Annotated[str, typer.Option("--model", help="tiny or wan2.2-ti2v-5b.")] = "tiny",
+    model: ModelOption = None,
+    config_file: ConfigOption = None,
 ) -> None:
     """Print shots, chunks, frames and seconds, and about how much memory and time the film takes here."""
-    from ..config import default_config
     from ..core.geometry import FPS, pixel_frames
     from ..core.story import plan
     from ..data.storyboard_file import read_storyboard
@@ -46,7 +61,7 @@ def plan_command(
     from ..engine.pipeline import choose_device, choose_dtype
     from ..engine.sources import boards_for_generate
 
-    config = default_config(model, split_overrides(ctx.args))
+    config = film_config(model, config_file, split_overrides(ctx.args))
     read_storyboard(file, config.chunk_frames)
     (board,) = boards_for_generate(config, file)
     plans, size = plan(board), config.chunk_frames

@@ -24,7 +24,7 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Gets video/SAMPLE/K.mp4 and caption/SAMPLE/K.json, one pair per shot.")],
     clips: Annotated[int, typer.Option("--clips", help="How many samples.")] = 16,
     seed: SeedOption = 0,
-    chunks: ChunksOption = 8,
+    chunks: ChunksOption = 12,  # as many as a sample of `tiny` has by its configurations
     min_shots: Annotated[int, typer.Option("--min-shots", help="Least shots of a sample.")] = 1,
     max_shots: Annotated[int, typer.Option("--max-shots", help="Most shots of a sample.")] = 4,
     split: SplitOption = "train",

@@ -27,15 +27,18 @@ def paragraphs(prompt: str) -> int:
     return len([part for part in re.split(r"\n\s*\n", prompt) if part.strip()])
 
 
-def advise(board: Storyboard) -> list[str]:
-    """What could be better, one line each, most general first. Shots are numbered from 1."""
+def advise(board: Storyboard, *, by_length: bool = True) -> list[str]:
+    """What could be better, one line each, most general first. Shots are numbered from 1. Without `by_length`, tokens and paragraphs do not count."""
     prompts = [shot.prompt for shot in board.shots]
     lengths = [estimated_tokens(p) for p in prompts]
     counts = [paragraphs(p) for p in prompts]
-    advice = [
+    long = [
         _many(lengths, lambda n: n < SHORT, f"about {{}} tokens; the guide asks for roughly {TOKENS} a shot: say more"),
         _many(lengths, lambda n: n > LONG, f"about {{}} tokens; the guide asks for roughly {TOKENS} a shot, and 512 is the most that is read"),
         _many(counts, lambda n: n not in PARAGRAPHS, "paragraphs: {}; the guide asks for five or six, separated by blank lines"),
+    ]
+    advice = [
+        *(long if by_length else []),
         _many([LIST_LINE.search(p) is not None for p in prompts], bool, "lists or headings; write complete sentences"),
     ]
     return [line for line in advice if line] + _continuity(board)

@@ -95,15 +95,17 @@ def generate_films(
     overwrite: bool = False,
     pipeline: Pipeline | None = None,
     listener: Listener | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[FilmFiles]:
     """Makes the films of `boards` that fall to `rank` of `world` (board i belongs to rank i % world) and returns their files.
 
     `mesh`: ranks make films in groups, instead. Board i belongs to group i % dp_size; all ranks of a group must call this, the first of them gets files.
+    `names`, one for each board, stand in the names of files where else the first prompt does.
     The length of each film is the sum of its shots' durations. Raises InputError for anything that cannot work, before anything is written,
     and Interrupted after Ctrl-C, when the film that was being made has been closed.
     """
     listener = listener or Silent()
-    jobs = make_jobs(config, boards, Path(output), rank, world, mesh)
+    jobs = make_jobs(config, boards, Path(output), rank, world, mesh, names)
     for job in jobs:
         check_free(job.targets(), overwrite)
         check_pictures(job.board)
@@ -123,18 +125,20 @@ def generate_films(
     return files
 
 
-def make_jobs(config, boards: Sequence[Storyboard], output: Path, rank: int, world: int, mesh: Mesh | None = None) -> list[Job]:
+def make_jobs(
+    config, boards: Sequence[Storyboard], output: Path, rank: int, world: int, mesh: Mesh | None = None, names: Sequence[str] | None = None
+) -> list[Job]:
     """The jobs of this rank. Names are unique over all ranks, because every rank names all films. Ranks of one group have the same jobs."""
     mesh, tag = mesh or Mesh(rank, world), film_tag(config)
     last = len(boards) if config.inference_iter < 0 else config.inference_iter + 1
     boards = list(boards)[:last]
     plans = [plan(board, prefix=config.data.scene_cut_prefix) for board in boards]
-    texts = film_texts([p[0].prompt for p in plans], range(len(boards)), config.save_with_index)
+    texts = film_texts((names or [p[0].prompt for p in plans])[:last], range(len(boards)), config.save_with_index)
     _, _, _, height, width = config.data.image_or_video_shape
     usual, tag = Geometry.of_latent(height, width), shared_tag(tag, mesh.dp_rank, mesh.dp_size, mesh.sp_size)
     jobs = []
     for index in range(mesh.dp_rank, len(boards), mesh.dp_size):
-        names = [base_name(mesh.dp_rank, texts[index], sample, tag) for sample in range(config.inference.num_samples)]
+        bases = tuple(output / base_name(mesh.dp_rank, texts[index], sample, tag) for sample in range(config.inference.num_samples))
         size = boards[index].size
         jobs.append(
             Job(
@@ -142,7 +146,7 @@ def make_jobs(config, boards: Sequence[Storyboard], output: Path, rank: int, wor
                 board=boards[index],
                 plans=plans[index],
                 geometry=Geometry(*size) if size else usual,
-                bases=tuple(output / name for name in names),
+                bases=bases,
                 suffix=".pt" if config.save_latents_only else ".mp4",
             )
         )

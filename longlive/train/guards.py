@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
-from ..core.errors import LongLiveError
-from ..core.log import logger
+from ..core.errors import InputError, LongLiveError
+from ..core.log import environment, logger
+from .memory import GIB, MARGIN
 
 SKIPS_IN_A_ROW = 10
 
@@ -74,14 +75,46 @@ def no_memory(error: Exception, config: Mapping) -> str | None:
     text = str(error).strip() or type(error).__name__
     if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in text:
         return None
+    return f"out of memory ({text.splitlines()[0][:160]}); {_what_to_lower(config)}"
+
+
+def _what_to_lower(config: Mapping) -> str:
     training, infra = config.get("training", {}), config.get("infra", {})
-    frames = config.get("data", {}).get("image_or_video_shape", [0, 0])[1]
-    advice = [f"training.batch_size({training.get('batch_size')})", f"data.image_or_video_shape[1]({frames} latent frames)"]
+    advice = [f"training.batch_size({training.get('batch_size')})", _length(config)]
     raised = [] if infra.get("gradient_checkpointing") else ["infra.gradient_checkpointing: true"]
     raised += [f"infra.{key}: 0" for key in ("keep_blocks", "keep_attention") if infra.get(key, 0) != 0]
     raised += [f"a larger infra.sequence_parallel_size({infra.get('sequence_parallel_size')})"]
     raised += ["infra.sharding_strategy: full"] if infra.get("sharding_strategy") != "full" else []
-    return f"out of memory ({text.splitlines()[0][:160]}); lower {' or '.join(advice)}, or use {' or '.join(raised)}"
+    return f"lower {' or '.join(advice)}, or use {' or '.join(raised)}"
+
+
+def _length(config: Mapping) -> str:
+    """The setting that says how long a sample is."""
+    data, training = config.get("data", {}), config.get("training", {})
+    if config.get("algorithm", {}).get("trainer") == "score_distillation":
+        return f"training.num_training_frames({training.get('num_training_frames')})"
+    if data.get("data_path") is None:
+        return f"world.chunks({config.get('world', {}).get('chunks')})"
+    return f"data.image_or_video_shape[1]({data.get('image_or_video_shape', [0, 0])[1]} latent frames)"
+
+
+def check_room(estimate: float, room: float, config: Mapping) -> None:
+    """Raises InputError, with what to lower, where a step of `estimate` bytes has no chance in `room` bytes; warns where it may not fit."""
+    if estimate <= room:
+        return
+    text = f"a step is estimated to take {estimate / GIB:.1f} GiB in each process, which may use {room / GIB:.1f} GiB here; {_what_to_lower(config)}"
+    if estimate > MARGIN * room:
+        raise InputError(text)
+    logger.warning("%s", text)
+
+
+def room_for(device: torch.device) -> int:
+    """Bytes that this process may use: of a GPU all, of this host its share of what other programs leave."""
+    if device.type == "cuda":
+        return device_memory(device)
+    import psutil
+
+    return psutil.virtual_memory().available // int(environment("LOCAL_WORLD_SIZE", "1")) + psutil.Process().memory_info().rss
 
 
 def device_memory(device: torch.device) -> int:

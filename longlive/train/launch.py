@@ -16,6 +16,7 @@ from ..config.show import config_table, config_yaml
 from ..config.yaml_io import read_yaml
 from ..core.errors import InputError
 from ..core.log import launch_rank, logger
+from ..engine.naming import check_folder
 from ..parallel.data_parallel import Replicas
 from ..parallel.failure import together
 from ..parallel.mesh import Mesh
@@ -79,7 +80,8 @@ def launch(config: Config, task_class: Callable[[Config, torch.device, Mesh], Ta
 
     Raises LongLiveError, with what to lower, where memory does not suffice for anything inside.
 
-    `logdir` gets the configuration with the seed; with `resume` a seed that an earlier run drew there is taken again. None: nothing is written.
+    `logdir` gets the configuration with the seed once the task is made: what is refused before leaves nothing there. With `resume` a seed that an
+    earlier run drew there is taken again. None: nothing is written.
     """
     device_type = "cuda" if torch.cuda.is_available() and config.inference.device != "cpu" else "cpu"
     replicas = Replicas.launch(device_type)
@@ -91,8 +93,10 @@ def launch(config: Config, task_class: Callable[[Config, torch.device, Mesh], Ta
             mesh = Mesh.launch(config.infra.sequence_parallel_size, device_type)
             config = config.with_overrides([f"logging.seed={_seed(config, logdir if resume else None, replicas)}"])
             if logdir is not None:
-                write_config(config, logdir)
+                check_folder(logdir, "give another --logdir")
             task = task_class(config, device, mesh)
+            if logdir is not None:
+                write_config(config, logdir)
             count = sum(p.numel() for p in task.module.parameters())
             ranks = f"{replicas.size} process(es) = dp {mesh.dp_size} x sp {mesh.sp_size}"
             logger.info("trainer %s: %.2f M parameters on %s, %s, seed %d", task.name, count / 1e6, device, ranks, config.logging.seed)

@@ -2,8 +2,8 @@
 
 The update of a matrix is its momentum with all singular values brought near 1 by five Newton-Schulz steps (Jordan et al., 2024), scaled by
 0.2 sqrt(max(rows, columns)) so that its size is that of an AdamW update (Liu et al., 2025): one learning rate and one decay serve both.
-The same numbers as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, with matrices of one shape stacked into one batched product: a small model
-has many small matrices, and their launches would cost more than their arithmetic.
+The same numbers as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` (on a CPU to its rounding to bfloat16), with matrices of one shape stacked
+into one batched product: a small model has many small matrices, and their launches would cost more than their arithmetic.
 
 Legend: M matrices of one shape, R rows, C columns.
 """
@@ -26,9 +26,9 @@ SMALLEST = 16  # rows or columns below which a matrix is left to AdamW
 
 
 def orthogonalised(update_MRC: torch.Tensor) -> torch.Tensor:
-    """bfloat16 [M, R, C]: each matrix with its singular values brought near 1."""
+    """[M, R, C]: each matrix with its singular values brought near 1. bfloat16 on a GPU; float32 on a CPU, whose bfloat16 products are far slower."""
     a, b, c = COEFFICIENTS
-    x = update_MRC.bfloat16()
+    x = update_MRC.bfloat16() if update_MRC.is_cuda else update_MRC.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)

@@ -15,6 +15,7 @@ from ..config import Config
 from ..config.show import config_table
 from ..core.geometry import Geometry, pixel_frames
 from ..core.log import logger
+from .guards import check_room, room_for
 from .launch import Launched, launch, loop_settings
 from .memory import GIB, TrainingMemory
 from .trainer import Loop
@@ -53,7 +54,8 @@ def rehearse(config: Config, task_class: Callable) -> Rehearsal:
             stream=ready.mesh.dp_rank,
             auto_resume=False,
         )
-        logger.info("estimated memory of each process: %.1f GiB", ready.task.memory.peak / GIB)  # also where the step finds less
+        logger.info("estimated memory of each process: %.1f GiB", ready.task.memory.peak / GIB)
+        check_room(ready.task.memory.peak, room_for(ready.device), config_table(ready.config))
         row = loop.rehearse()
         return Rehearsal(_about(ready), ready.task.memory, row, _used(ready.device))
 

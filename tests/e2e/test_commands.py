@@ -44,6 +44,28 @@ def test_check_says_ok_with_advice_or_names_the_line(story, capsys):
     assert "home.yaml:7: unknown key 'second'" in error and "did you mean 'seconds'" in error and error.count("\n") == 1
 
 
+def test_check_asks_for_no_long_prompts_where_all_is_told_in_the_words_of_the_small_model(capsys):
+    assert run(app, ["storyboard", "check", str(documented_places.ROOT / "examples" / "homeward.yaml")]) == 0
+    assert "advice" not in capsys.readouterr().out
+
+
+def test_plan_reads_a_configuration_as_generate_does(story, tmp_path, capsys):
+    (tmp_path / "three.yaml").write_text("model_kwargs: {model_name: tiny}\nnum_output_frames: 24\ninference: {device: cpu}\n")
+    assert run(app, ["storyboard", "plan", str(story), "--config", str(tmp_path / "three.yaml")]) == 0
+    assert "3 chunks, 24 latent frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["generate"], ["storyboard", "plan"]])
+def test_a_configuration_of_another_model_than_asked_for_is_refused(story, tmp_path, capsys, command):
+    (tmp_path / "tiny.yaml").write_text("model_kwargs: {model_name: tiny}\n")
+    words = [*command, str(story), "--config", str(tmp_path / "tiny.yaml"), "inference.device=cpu"]
+    assert run(app, [*words, "--model", "wan2.2-ti2v-5b"]) == 2
+    error = capsys.readouterr().err
+    assert "--model wan2.2-ti2v-5b and --config" in error and error.count("\n") == 1
+    if command == ["storyboard", "plan"]:
+        assert run(app, [*words, "--model", "tiny"]) == 0
+
+
 def test_plan_counts_chunks_frames_and_seconds(story, capsys):
     assert run(app, ["storyboard", "plan", str(story), "inference.device=cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()

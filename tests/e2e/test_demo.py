@@ -41,6 +41,7 @@ def test_a_demo_writes_film_sheet_and_scores_and_may_be_run_again(random_network
     for _ in range(2):
         assert run(app, ["demo", str(tmp_path / "stories"), "--output", str(tmp_path / "out")]) == 0
     (film,) = (tmp_path / "out").glob("*.mp4")
+    assert film.name == "rank0-two-0_regular.mp4"
     assert probe(film).frames == 61
     with Image.open(film.with_suffix(".png")) as sheet:
         assert sheet.height > 2 * 192

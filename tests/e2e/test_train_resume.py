@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from longlive.config import load_config
-from longlive.core.errors import CheckpointError, ConfigError, Interrupted, LongLiveError
+from longlive.core.errors import CheckpointError, ConfigError, InputError, Interrupted, LongLiveError
 from longlive.models import spec
 from longlive.models.light_vae import read_codec
 from longlive.models.spec import DiTDims, VAEDims
 from longlive.models.weights import MERGED_FORMAT, read_state, refuse_lora_on_merged, save_state
 from longlive.parallel.mesh import Mesh
-from longlive.train import RunOptions, checkpoint, rehearse, run, trainer
+from longlive.train import RunOptions, checkpoint, guards, rehearsal, rehearse, run, trainer
 from longlive.train.diffusion import DiffusionTask
 from longlive.train.export import export_checkpoint
-from longlive.train.trainer import Draw
+from longlive.train.trainer import Draw, Loop
 from longlive.train.vae import VAETask
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -239,5 +239,17 @@ def test_out_of_memory_says_what_to_lower(ar_config, tmp_path, monkeypatch, when
     with pytest.raises(LongLiveError) as stopped:
         what(ar_config, tmp_path)
     said = str(stopped.value)
-    assert "80.00 GiB" in said and "training.batch_size(2)" in said and "image_or_video_shape[1](16 latent frames)" in said
+    assert "80.00 GiB" in said and "training.batch_size(2) or world.chunks(3)" in said
     assert "gradient_checkpointing: true" in said and "sequence_parallel_size(1)" in said and "\n" not in said
+
+
+def test_a_dry_run_compares_its_estimate_with_the_memory_that_there_is(ar_config, monkeypatch, caplog):
+    peak = rehearse(ar_config).memory.peak
+    assert peak < guards.room_for(torch.device("cpu")) and "estimated to take" not in caplog.text
+    monkeypatch.setattr(rehearsal, "room_for", lambda device: 0.9 * peak)
+    assert rehearse(ar_config).row["loss"] > 0
+    assert "a step is estimated to take" in caplog.text and "lower training.batch_size(2) or world.chunks(3)" in caplog.text
+    monkeypatch.setattr(rehearsal, "room_for", lambda device: 0.5 * peak)
+    monkeypatch.setattr(Loop, "rehearse", lambda self: pytest.fail("a step that has no chance was begun"))
+    with pytest.raises(InputError, match="a step is estimated to take .* lower training.batch_size"):
+        rehearse(ar_config)

@@ -136,6 +136,9 @@ def test_what_cannot_be_trained_is_refused_in_one_line(places, tmp_path, monkeyp
     refused(InputError, "wan_models/Wan2.2-TI2V-5B", *base)
     refused(InputError, "data.data_path is not set", *base, "data.data_path=null")
     refused(InputError, "nowhere.txt", "evaluation.interval=100", "data.eval_data_path=nowhere.txt")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("")
+    refused(InputError, "is not a folder.*--logdir")
     with pytest.raises(InputError, match="a dry run is for trainers diffusion and score_distillation, not vae"):
         rehearse(load_config({"model_kwargs": {"model_name": "tiny"}, "algorithm": {"trainer": "vae"}}))
     with pytest.raises(InputError, match=r"sequence parallelism .* of trainer vae"):

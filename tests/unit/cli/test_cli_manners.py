@@ -96,7 +96,11 @@ def test_doctor_names_every_place_and_breaks_only_on_what_is_required(capsys, tm
     vae.parent.mkdir(parents=True)
     vae.write_bytes(b"")
     findings = {f.text.split(" ")[0]: f for f in doctor.weights(tmp_path)}
-    assert findings["LongLive-2.0-5B/model_bf16.pt"].state == doctor.NOTE and "huggingface-cli" in findings["LongLive-2.0-5B/model_bf16.pt"].fix
+    assert findings["LongLive-2.0-5B/model_bf16.pt"].state == doctor.NOTE
+    for place, finding in findings.items():
+        fetch = finding.fix.split(" --local-dir ")
+        assert fetch[0].startswith("hf download ") and place.startswith(f"{fetch[1]}/"), finding  # the folder that the command fills
+    assert findings["wan_models/Matrix-Game-3.0/MG-LightVAE_v2.pth"].fix.split()[3] == "MG-LightVAE_v2.pth"
     assert "is empty" in findings["wan_models/Wan2.2-TI2V-5B/Wan2.2_VAE.pth"].text
     vae.write_bytes(b"x")
     assert {f.state for f in doctor.weights(tmp_path) if "Wan2.2_VAE" in f.text} == {doctor.OK}

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from longlive.train.muon import Both, Muon, muon, orthogonalised
+from longlive.train.muon import COEFFICIENTS, STEPS, Both, Muon, muon, orthogonalised
 
 
 def _block() -> nn.Module:
@@ -40,6 +40,15 @@ def test_updates_equal_torchs():
 def test_an_update_has_singular_values_near_one():
     singular = torch.linalg.svdvals(orthogonalised(torch.randn(3, 24, 48, generator=torch.Generator().manual_seed(1))).float())
     assert singular.min() > 0.5 and singular.max() < 1.3
+
+
+def test_a_cpu_makes_updates_orthogonal_in_float32():
+    update = torch.randn(3, 24, 48, generator=torch.Generator().manual_seed(1))
+    exact = update.double() / update.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(STEPS):
+        gram = exact @ exact.mT
+        exact = COEFFICIENTS[0] * exact + (COEFFICIENTS[1] * gram + COEFFICIENTS[2] * gram @ gram) @ exact
+    assert (orthogonalised(update) - exact).abs().max() < 1e-5
 
 
 def test_matrices_of_blocks_go_to_muon_and_all_else_to_adamw():

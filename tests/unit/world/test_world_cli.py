@@ -1,11 +1,14 @@
 """The world's commands write what the documentation lays out, and refuse what cannot work."""
 
+import inspect
 import json
 
 import torch
 
 from longlive.cli.app import app, run
-from longlive.core.geometry import chunk_pixel_range
+from longlive.cli.world import export
+from longlive.config import default_config
+from longlive.core.geometry import CHUNK_FRAMES, chunk_pixel_range
 from longlive.data.videos import probe
 from longlive.world.judge import ATTRIBUTES
 
@@ -19,6 +22,11 @@ def test_export_writes_one_pair_per_shot(tmp_path, capsys):
     assert [probe(tmp_path / name).frames for name in names[2:]] == [29, chunk_pixel_range(1)[1] - 29]
     assert run(app, words) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_an_export_is_as_long_as_a_sample_of_the_small_model():
+    frames = default_config("tiny").data.image_or_video_shape[1]
+    assert inspect.signature(export).parameters["chunks"].default * CHUNK_FRAMES == frames
 
 
 def test_render_makes_a_page_and_refuses_other_names(tmp_path):
