@@ -1,7 +1,8 @@
 """What kernels in Gluon share whose programs stay for many tiles: two groups of four warps multiply, 64 or 128 rows each, and one warp fetches for both.
 
-A step is 128 bytes of every row of both operands. It is fetched as soon as both groups are done with the step that was there, across tiles too, so that the
-first steps of a tile arrive while the last one is written. Columns of a finished tile are written 64 at a time.
+A step is 128 bytes of every row of both operands (64 where the channels of e4m3 are no multiple of 128). It is fetched as soon as both groups are done with
+the step that was there, across tiles too, so that the first steps of a tile arrive while the last one is written. Columns of a finished tile are written 64 at
+a time.
 """
 
 from __future__ import annotations
