@@ -56,8 +56,8 @@ def test_prompts_become_a_lora_that_generates(here, capsys):
 def test_a_lora_trained_from_the_base_model_serves_the_ar_model(here, capsys):
     """It is another one than from the AR model with the same seed, and the AR model's film with it is another one than without."""
     (here / "prompts.txt").write_text("a red circle bounces\n")
-    weights = here / "wan_models" / "Wan2.2-TI2V-5B" / "diffusion_pytorch_model.safetensors"
-    save_file({name: tensor + 0.05 * torch.randn(tensor.shape).bfloat16() for name, tensor in load_file(weights).items()}, weights)  # from a head of zeros nothing is learnt
+    weights = here / "wan_models" / "Wan2.2-TI2V-5B" / "diffusion_pytorch_model.safetensors"  # a head of zeros would teach nothing
+    save_file({name: tensor + 0.05 * torch.randn(tensor.shape).bfloat16() for name, tensor in load_file(weights).items()}, weights)
     once = ["data.data_path=prompts.txt", "evaluation.interval=0", "training.max_iters=1", "logging.seed=3"]
     assert trained("train_dmd.yaml", *once, "checkpoints.generator_ckpt=null") == 0, capsys.readouterr().err
     assert trained("train_dmd.yaml", *once, logdir="from_ar") == 0, capsys.readouterr().err
