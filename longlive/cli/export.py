@@ -18,19 +18,24 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="LOGDIR (its newest checkpoint), a checkpoint in it, a generator's file, or a LoRA's (LOGDIR/lora.pt).")],
+    checkpoint: Annotated[Path, typer.Argument(help="LOGDIR (its newest checkpoint), a checkpoint in it, a generator's file, a LoRA's, or tiny-4steps.")],
     out: Annotated[Path, typer.Argument(help="File to write, such as generator.pt or generator.safetensors.")],
     ema: Annotated[bool, typer.Option("--ema", help="The average of the weights instead of the weights.")] = False,
     format: Annotated[str | None, typer.Option("--format", help="pt or safetensors; usually OUT's ending says it.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")] = "bf16",
     layout: Annotated[str | None, typer.Option("--layout", help="Of a LoRA: published (.pt), peft (a folder), diffusers, comfyui or kohya.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Of a LoRA: the nearest one of no higher rank than this.")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="Of a LoRA whose file states none, as published ones: the one it was trained with.")] = None,
 ) -> None:
     """Write the weights of a training checkpoint for use: a published .pt container, or safetensors. A distilled LoRA is written in any layout."""
-    if _is_lora(checkpoint, dtype, {"--layout": layout, "--rank": rank}):
+    if _is_lora(checkpoint, dtype, {"--layout": layout, "--rank": rank, "--alpha": alpha}):
         if format is not None:
             raise InputError(f"--format {format} is for a generator, and {checkpoint} is a LoRA, whose form --layout names; leave it out")
-        return typer.echo(_export_lora(checkpoint, out, ema, layout, dtype, rank))
+        usual = {".pt": "published", "": "peft", ".safetensors": "comfyui"}.get(out.suffix, "published")
+        from ..train.lora_export import export_lora
+
+        about = export_lora(checkpoint, out, use_ema=ema, layout=layout or usual, dtype=_dtype(dtype), rank=rank, alpha=alpha)
+        return typer.echo(f"wrote {out} ({_said(about)})")
     container = format or FORMATS.get(out.suffix)
     if container not in ("pt", "safetensors"):
         raise InputError(f"--format {format!r} is neither pt nor safetensors" if format else f"{out}: end it with .pt or .safetensors, or give --format")
@@ -51,13 +56,6 @@ def _is_lora(checkpoint: Path, dtype: str, of_lora: dict[str, object]) -> bool:
         if given is not None and not found:
             raise InputError(f"{option} {given} is for a LoRA, and {checkpoint} is none; leave it out")
     return found
-
-
-def _export_lora(checkpoint: Path, out: Path, ema: bool, layout: str | None, dtype: str, rank: int | None) -> str:
-    from ..train.lora_export import export_lora
-
-    usual = {".pt": "published", "": "peft", ".safetensors": "comfyui"}.get(out.suffix, "published")
-    return f"wrote {out} ({_said(export_lora(checkpoint, out, use_ema=ema, layout=layout or usual, dtype=_dtype(dtype), rank=rank))})"
 
 
 def _dtype(word: str):

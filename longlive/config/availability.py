@@ -8,10 +8,14 @@ from .root import Config
 GENERATE, TRAIN = "generate", "train"
 # what only trainer score_distillation reads, section -> key -> value of no effect
 DISTILLATION_ONLY = {
-    "algorithm": {"regression_steps": 0, "ts_schedule": False, "ts_schedule_max": False, "last_step_only": False},
+    "checkpoints": {"real_score_ckpt": None, "fake_score_ckpt": None},
+    "algorithm": {
+        "regression_steps": 0, "ts_schedule": False, "ts_schedule_max": False, "last_step_only": False, "real_score_mask": None, "fake_score_mask": None,
+        "min_score_timestep": 0, "context_noise": 0,
+    },
     "training": {"streaming_frames": 0, "finish_chunks": False, "critic_reuses_rollout": False},
     "infra": {"rollout_copy": False},
-}
+}  # fmt: skip
 
 
 def availability(config: Config, purpose: str) -> None:

@@ -33,9 +33,7 @@ from .adapters import configured_adapters
 CPU_GROUP = 2  # latent frames decoded at a time on a CPU, whose cache likes small pieces
 
 
-def load_dit(
-    config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, adapters: list[tuple[Adapter, float]] | None = None
-) -> tuple[WanDiT, Path]:
+def load_dit(config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, adapters: list[tuple[Adapter, float]] | None = None) -> tuple[WanDiT, Path]:
     """The generator of `checkpoints.generator_ckpt`; without one, the small model's shipped weights or the base model's folder.
 
     `adapters` (default: those that the configuration names) are merged with `merge_lora`, else they stay beside it, live, in `dtype`. With `fp8_quant` or
@@ -110,7 +108,7 @@ def load_codec(
 
     `folder` or `path`: a checkpoint elsewhere. `pruning_rate` is checked against the file, which knows its own.
     """
-    _check_decode(config, device)
+    check_decode(config, device)
     kind, dtype = config.inference.vae_type, dtype or decode_dtype(config, device)
     group = CPU_GROUP if device.type == "cpu" else 0
     if not spec.folder:
@@ -130,14 +128,15 @@ def load_codec(
 
 def decode_as_configured(config, codec: VideoCodec) -> None:
     """Makes `codec` decode as `inference.vae_fp8` and `inference.vae_tile_rows` say. Raises ConfigError where its device lacks the kernels of FP8."""
-    _check_decode(config, codec.device)
+    check_decode(config, codec.device)
     if config.inference.vae_fp8:
         decoder_to_fp8(codec.vae)
     if config.inference.vae_tile_rows:
         decode_in_tiles(codec, config.inference.vae_tile_rows)
 
 
-def _check_decode(config, device: torch.device) -> None:
+def check_decode(config, device: torch.device) -> None:
+    """Raises ConfigError where `device` lacks the kernels of `inference.vae_fp8`; nothing is read."""
     if config.inference.vae_fp8:
         _has_fp8_tiles(device, "inference.vae_fp8: true", "set inference.vae_fp8: false")
 

@@ -172,20 +172,27 @@ def origin(config: Config, spec: ModelSpec) -> dict[str, Any]:
 def starting_adapter(config: Config, name: str) -> Adapter | None:
     """What a LoRA starts from, weights only: the student from `checkpoints.lora_ckpt` in any layout, the critic from its entry there. None: from nothing.
 
-    Raises ConfigError for several files, and where its rank is not `adapter.rank`.
+    A file that states no alpha has scale 1 unless `adapter.alpha` says another one, as in generation. Raises ConfigError where `lora_ckpt` does not name one
+    file, where layers differ in rank or scale (one number of each is trained), and where `adapter.rank` or `adapter.alpha` contradicts the file.
     """
-    given = config.checkpoints.lora_ckpt
+    given, own = config.checkpoints.lora_ckpt, config.adapter
     paths = given if isinstance(given, tuple) else (given,)
-    if len(paths) > 1:
-        raise ConfigError(f"checkpoints.lora_ckpt names {len(paths)} files: a student starts from one LoRA; give one")
+    if len(paths) != 1:
+        raise ConfigError(f"checkpoints.lora_ckpt names {len(paths)} files: training starts from one LoRA; give one, or set lora_ckpt: null")
     path = paths[0] and adapter_path(paths[0])
     if path is None or (name != STUDENT and not holds_lora(path, f"{name}_lora")):
         return None
-    found = read_lora(path, name=name, entry=f"{name}_lora").with_alpha(config.adapter.alpha or config.adapter.fresh_rank)
-    if found.rank is None or config.adapter.rank not in (None, found.rank):
-        raise ConfigError(f"adapter.rank({config.adapter.rank}) but {path} has rank {found.rank or 'that differs between layers'}; remove adapter.rank")
-    if config.adapter.alpha not in (None, found.alpha):
-        raise ConfigError(f"adapter.alpha({config.adapter.alpha:g}) but {path} states {found.alpha:g}; set adapter.alpha: {found.alpha:g}, or remove it")
+    found = read_lora(path, name=name, entry=f"{name}_lora")
+    ranks = sorted({layer.rank for layer in found.layers.values()})
+    found = found.with_alpha(float(own.alpha or ranks[0]))
+    scales = sorted({layer.scale for layer in found.layers.values()})
+    if len(ranks) > 1 or len(scales) > 1:
+        several = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"alpha / rank of {scales[0]:g} to {scales[-1]:g}"
+        raise ConfigError(f"{path} has layers with {several}, and training has one for all; write one that has: longlive export {path} OUT --rank {ranks[0]}")
+    if own.rank not in (None, ranks[0]):
+        raise ConfigError(f"adapter.rank({own.rank}) but {path} has rank {ranks[0]}; remove adapter.rank")
+    if own.alpha not in (None, found.alpha):
+        raise ConfigError(f"adapter.alpha({own.alpha:g}) but {path} states {found.alpha:g}; set adapter.alpha: {found.alpha:g}, or remove it")
     return found
 
 
@@ -259,4 +266,3 @@ class Stepper:
         weight_MOI = torch.stack([self.own[f"{layer}.weight"] for layer in layers]).float()
         merged = torch.baddbmm(weight_MOI, torch.stack([b.b for b in found]).float(), torch.stack([b.a for b in found]).float(), alpha=scale)
         torch._foreach_copy_([self.mine[f"{layer}.weight"] for layer in layers], list(merged.unbind()))
-

@@ -48,6 +48,10 @@ from .teacher_forcing import Film, frame_positions
 from .trainer import Draw, seed_of
 from .view import training_view, visible_chunks
 
+ROLLOUTS_ONLY = {  # what off-policy steps do not read -> value of no effect
+    "algorithm.ts_schedule": False, "algorithm.ts_schedule_max": False, "algorithm.last_step_only": False, "algorithm.same_step_across_blocks": True,
+    "algorithm.context_noise": 0, "training.finish_chunks": False, "infra.rollout_copy": False,
+}  # fmt: skip
 SHARED = -1  # in seeds of what all ranks draw alike: no stream has this number
 
 
@@ -127,12 +131,19 @@ class DistillationTask:
 
     def _without_effect(self, copied: bool) -> Iterator[tuple[str, str]]:
         """Settings that this run cannot follow, and why."""
-        infra, t = self.config.infra, self.config.training
-        if infra.rollout_copy and not copied:
-            off = not self.config.algorithm.backward_simulation
-            yield "infra.rollout_copy is ignored", "off-policy there are no rollouts" if off else "a student in low precision makes its films as it learns"
-        if t.finish_chunks and not self.config.algorithm.backward_simulation:
-            yield "training.finish_chunks is ignored", "off-policy there are no rollouts"
+        t, a = self.config.training, self.config.algorithm
+        if a.backward_simulation:
+            if self.config.infra.rollout_copy and not copied:
+                yield "infra.rollout_copy is ignored", "a student in low precision makes its films as it learns"
+            for key in ("ts_schedule", "ts_schedule_max"):
+                if getattr(a, key) and not (a.same_step_across_blocks or a.last_step_only):
+                    yield f"algorithm.{key} is ignored", "where chunks of a film leave at different steps (same_step_across_blocks: false)"
+        else:
+            sections = self.config.model_dump()
+            for name, plain in ROLLOUTS_ONLY.items():
+                section, key = name.split(".")
+                if sections[section][key] != plain:
+                    yield f"{name} is ignored", "off-policy there are no rollouts"
         if self.config.merge_lora:
             yield "merge_lora is ignored", "a LoRA that learns stays beside the weights"
         if t.compile and self.cast.critic.adapter is not None:

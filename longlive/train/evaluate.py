@@ -29,7 +29,7 @@ from ..core.log import logger, warn_once
 from ..core.story import Storyboard
 from ..data.prompts import read_path
 from ..engine.naming import prompts_text
-from ..engine.parts import CPU_GROUP, decode_as_configured, decode_dtype, load_text_encoder
+from ..engine.parts import CPU_GROUP, check_decode, decode_as_configured, decode_dtype, load_text_encoder
 from ..engine.pipeline import Pipeline, choose_dtype
 from ..engine.session import Request
 from ..engine.sinks import LatentsSink, Mp4Sink, VideoSink, beside, write_failed, write_text
@@ -94,15 +94,15 @@ class Evaluator:
         return self.config.evaluation.interval > 0 and step > 0 and step % self.config.evaluation.interval == 0
 
     def check(self) -> None:
-        """Raises InputError, before a run rather than at its first evaluation, where there are no prompts to make films of or no VAE to show them."""
+        """Raises, before a run rather than at its first evaluation, InputError where there are no prompts to make films of or no VAE to show them,
+        ConfigError where the device cannot decode as configured."""
+        check_decode(self.config, self.device)
         self._plans()
         vae = training_vae(self.config, self.spec)
         if self.codec is None and not vae.exists():
             raise InputError(f"evaluation needs the VAE {vae}, which is missing; put it there, or set evaluation.interval: 0")
 
-    def run(
-        self, module: nn.Module, ema: Mapping[str, torch.Tensor], step: int, *, raw: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, float]:
+    def run(self, module: nn.Module, ema: Mapping[str, torch.Tensor], step: int, *, raw: Mapping[str, torch.Tensor] | None = None) -> dict[str, float]:
         """Numbers for the metrics, equal on every rank; films are in LOGDIR/evaluation/step_{step:06d}/. Every rank must call it.
 
         `ema`: the average's tensors by parameter name, evaluated beside the weights where `evaluation.use_ema` asks for it and there are any.

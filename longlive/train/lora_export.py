@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, InputError
 from ..core.log import launch_rank
 from ..models.files import SHARD_INDEX
 from ..models.lora import Adapter, adapter_of, adapter_state
 from ..models.lora_files import ABOUT, ENTRY, adapter_from, holds_lora, is_lora, read_lora, write_lora
+from ..models.shipped import adapter_path
 from ..parallel.fsdp import whole
 from .cast import STUDENT
 from .checkpoint import folders
@@ -63,17 +64,22 @@ def _adapter(network: nn.Module, tensors: Mapping[str, Tensor]) -> Adapter:
     """The tensors as an adapter with the alpha of the network's."""
     return adapter_from(tensors, FOLDER).with_alpha(adapter_of(network, STUDENT).alpha)
 
-def export_lora(source: Path, out: Path, *, use_ema: bool, layout: str, dtype: torch.dtype, rank: int | None = None) -> dict[str, str]:
+
+def export_lora(
+    source: Path, out: Path, *, use_ema: bool, layout: str, dtype: torch.dtype, rank: int | None = None, alpha: float | None = None
+) -> dict[str, str]:
     """Writes the student's LoRA of any checkpoint of a distillation, or of a LoRA's file, in a layout of `models.lora_files`; returns what is said of it.
 
-    `rank`: the nearest LoRA of no higher rank than that. Raises CheckpointError for a source without one, or without an average where `use_ema` asks for
-    it, InputError for a path that exists or does not suit.
+    `rank`: the nearest LoRA of no higher rank than that. `alpha`: that of a file that states none. Raises CheckpointError for a source without one, or
+    without an average where `use_ema` asks for it, InputError for a path that exists or does not suit, and for an alpha that is missing or contradicts.
     """
-    place = (folders(source) or [source])[-1]
+    place = _place(source)
     entry = ENTRY + ("_ema" if use_ema else "")
     if use_ema and not holds_lora(place, entry):
+        if read_lora(place).metadata.get("weights") == "ema":
+            raise CheckpointError(f"{place} is the average of the LoRA's weights already; leave --ema out")
         raise CheckpointError(f"{place} holds no average of the LoRA's weights (training.ema_weight was 0, or it is a weight file); leave --ema out")
-    adapter = read_lora(place, name=FOLDER, entry=entry)
+    adapter = _with_alpha(read_lora(place, name=FOLDER, entry=entry), alpha, place, silent=layout == "published" and rank is None)
     if rank is not None:
         adapter = adapter.truncated(rank)
     if folders(source) or place.is_dir() and (place / SHARD_INDEX).is_file():
@@ -83,6 +89,27 @@ def export_lora(source: Path, out: Path, *, use_ema: bool, layout: str, dtype: t
     return about | {"dtype": str(dtype).removeprefix("torch."), "rank": str(adapter.rank), "layout": layout}
 
 
+def _with_alpha(adapter: Adapter, alpha: float | None, place: Path, *, silent: bool) -> Adapter:
+    """The adapter with the alpha that what is written says; `silent`: that says none where the file says none."""
+    if alpha is not None and alpha <= 0:
+        raise InputError(f"--alpha {alpha:g}: the scale of a LoRA is alpha / rank; give a number above 0")
+    if all(layer.alpha is not None for layer in adapter.layers.values()):
+        if alpha not in (None, adapter.alpha):
+            raise InputError(f"--alpha {alpha:g} but {place} states its own{f', {adapter.alpha:g}' if adapter.alpha else ''}; leave --alpha out")
+        return adapter
+    if alpha is not None:
+        return adapter.with_alpha(alpha)
+    if not silent:
+        usual = f", {adapter.rank} if that was its rank" if adapter.rank else ""
+        raise InputError(f"{place} states no alpha, and its scale is alpha / rank; give --alpha, the one it was trained with{usual}")
+    return adapter
+
+
+def _place(source: Path) -> Path:
+    """The newest checkpoint of a LOGDIR, else the file, where a shipped LoRA's name stands for its file."""
+    return (folders(source) or [adapter_path(source)])[-1]
+
+
 def trained_lora(source: Path) -> bool:
     """Whether a checkpoint, the newest of a LOGDIR, or a file is of a LoRA alone."""
-    return is_lora((folders(source) or [source])[-1])
+    return is_lora(_place(source))

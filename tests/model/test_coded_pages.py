@@ -79,3 +79,14 @@ def test_slots_hold_codes_in_the_order_of_the_kernel():
     logits = torch.einsum("bnhd,bmhd->bhnm", to_e4m3(q).float(), to_e4m3(k).float()) * 8**-0.5
     right = torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), to_e4m3(v).float())
     torch.testing.assert_close(coded_attention(q, *store.codes(0, 1)), right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chunk_whose_products_stay_in_bf16_is_said(monkeypatch, caplog):
+    """Values take FP8 in blocks of 16 tokens; a CPU has no such products."""
+    monkeypatch.setattr(rollout_module, "keeps_codes", lambda *_: False)
+    monkeypatch.setattr(rollout_module, "Pages", lambda *sizes, **how: None)
+    settings, said = RolloutSettings(chunk_frames=8, attention="fp8"), "a chunk of 24 tokens is no multiple of 16"
+    for tokens, device in ((32, "cuda"), (24, "cpu"), (24, "cuda")):
+        assert said not in caplog.text
+        settings.store(1, 1, 3, tokens, 2, 8, device=torch.device(device), dtype=torch.bfloat16)
+    assert said in caplog.text

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from longlive.config import load_config
-from longlive.core.errors import InputError
+from longlive.core.errors import ConfigError, InputError
 from longlive.diffusion.flow import train_table
 from longlive.models import spec
 from longlive.models.codec import VideoCodec
 from longlive.models.spec import DiTDims, VAEDims
+from longlive.models.vae_fp8 import Fp8Conv
 from longlive.models.wan_dit import WanDiT
-from longlive.models.wan_vae import WanVAE
+from longlive.models.wan_vae import WHOLE_FRAME, WanVAE
 from longlive.train import evaluate
 from longlive.train.compiled import checkpoint_blocks
 from longlive.train.evaluate import Evaluator
@@ -98,6 +99,26 @@ def test_the_next_training_step_does_not_notice(tmp_path, monkeypatch):
     beside = two_steps(lambda dit: columns.update(e.run(dit, {}, 2)))
     assert columns["val_loss"] > 0 and list(tmp_path.rglob("*.mp4"))
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+
+
+def test_what_the_device_cannot_decode_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("longlive.engine.parts.fp8_tiles_lack", lambda device: "its kernels are for other cards")
+    refused, plain = (evaluator(tmp_path, [f"inference.vae_fp8={fp8}"]) for fp8 in ("true", "false"))
+    refused.check()  # a CPU needs none
+    refused.device = plain.device = torch.device("cuda")
+    plain.check()
+    with pytest.raises(ConfigError, match=r"inference.vae_fp8: true cannot run on cuda: its kernels .* set inference.vae_fp8: false"):
+        refused.check()
+
+
+@pytest.mark.parametrize(("setting", "rows", "eight"), [("vae_tile_rows=1", 1, False), ("vae_fp8=true", None, True)])
+def test_films_are_decoded_as_configured(tmp_path, monkeypatch, setting, rows, eight):
+    monkeypatch.setattr(evaluate.Judge, "load", lambda *_: None)
+    monkeypatch.setattr(evaluate, "held_out", lambda *_: None)
+    e = evaluator(tmp_path, [f"inference.{setting}"])
+    e._prepare()
+    vae = e.codec.vae
+    assert rows == (None if vae.spatial is WHOLE_FRAME else vae.spatial.latent_rows) and eight == any(isinstance(part, Fp8Conv) for part in vae.modules())
 
 
 def test_films_and_numbers_of_both_sets_of_weights(tmp_path, monkeypatch):

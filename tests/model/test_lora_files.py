@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from longlive.core.errors import CheckpointError, InputError
 from longlive.models.lora import Adapter, add, adapter_state, attach, lora_layers
-from longlive.models.lora_files import WRITERS, holds_lora, layer_name, read_lora, write_lora
+from longlive.models.lora_files import WRITERS, holds_lora, is_lora, layer_name, read_lora, write_lora
 from longlive.models.shipped import ADAPTERS, adapter_path
 from longlive.models.spec import TINY
 from longlive.models.wan_dit import WanDiT
@@ -98,6 +98,7 @@ def test_endings_of_other_tools(tmp_path, ending):
     other = ending.replace("A", "B").replace("down", "up")
     save_file({f"base_model.model.{Q}.{ending}": layer.a_RI, f"base_model.model.{Q}.{other}": layer.b_OR}, tmp_path / "x.safetensors")
     found = read_lora(tmp_path / "x.safetensors")
+    assert is_lora(tmp_path / "x.safetensors")
     assert list(found.layers) == [Q] and found.layers[Q].alpha is None and found.layers[Q].scale == 1.0
     assert torch.equal(found.layers[Q].a_RI, layer.a_RI) and found.with_alpha(6.0).layers[Q].scale == 2.0
 

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from longlive.config import default_config, load_config
+from longlive.config import availability, default_config, load_config
 from longlive.config.aliases import ALIASES, INERT, WITHOUT_EFFECT
+from longlive.config.availability import DISTILLATION_ONLY
 from longlive.config.keys import schema_keys, section_names
 from longlive.config.presets import RELEASED, SHAPES
 from longlive.config.show import config_yaml, schema_table
@@ -119,6 +120,12 @@ CHUNK8 = {"num_frame_per_block": 8}
 FORCED = {"teacher_forcing": True}
 DMD = {**CHUNK8, "trainer": "score_distillation"}
 ROLLOUT = {"min_num_training_frames": 32, "num_training_frames": 32, "slice_last_frames": 32}
+REGRESSION = {
+    **CHUNK8,
+    "algorithm": {"trainer": "score_distillation", "teacher_forcing": True, "regression_steps": 9},
+    "inference": {"multi_shot_rope_offset": 8.0},
+    "training": {**ROLLOUT, "visibility": "window", "shot_offset": True},
+}
 OFF_POLICY = {**DMD, "training": ROLLOUT, "backward_simulation": False, "data": {"data_path": "videos"}}
 
 
@@ -158,11 +165,21 @@ OFF_POLICY = {**DMD, "training": ROLLOUT, "backward_simulation": False, "data": 
             {**DMD, "training": {**ROLLOUT, "streaming_frames": 64, "critic_reuses_rollout": True, "gradient_accumulation_steps": 2}},
             "gradient_accumulation_steps(2) with streaming_frames",
         ),
+        *(
+            ({**REGRESSION, **{name: REGRESSION.get(name, {}) | section}}, "regression_steps(9): teacher and student must read the same history")
+            for name, section in (("training", {"visibility": "all"}), ("training", {"shot_offset": False}), ("algorithm", {"context_noise": 10.0}))
+        ),
         ({**CHUNK8, "infra": {"sequence_parallel_size": 5}}, "[1](128) % (sequence_parallel_size(5) x num_frame_per_block(8)) = 8"),
     ],
 )
 def test_rules_across_keys_print_the_equation(source, equation):
     assert equation in refusal(source)
+
+
+def test_regression_reads_what_generation_reads():
+    assert load_config(REGRESSION).algorithm.regression_steps == 9
+    unshifted = {**REGRESSION, "inference": {"multi_shot_rope_offset": 0.0}, "training": REGRESSION["training"] | {"shot_offset": False}}
+    assert load_config(unshifted).algorithm.regression_steps == 9
 
 
 def test_ranks_must_match_the_launch(monkeypatch):
@@ -260,8 +277,6 @@ def test_schema_table_has_a_line_and_a_meaning_for_every_key():
 
 
 def test_what_is_not_available_says_so():
-    from longlive.config import availability
-
     for source, purpose in (
         ({"trainer": "vae", "model_quant": True}, "train"),
         ({"trainer": "vae", "fp8_quant": True}, "train"),
@@ -282,6 +297,19 @@ def test_what_is_not_available_says_so():
     availability(default_config(), "generate")
     availability(load_config({**CHUNK8, "sp_size": 2}), "generate")
     availability(load_config(FORCED), "train")
+
+
+@pytest.mark.parametrize("trainer", ["diffusion", "vae"])
+def test_what_only_distillation_reads_is_refused_elsewhere(trainer):
+    values = {"real_score_mask": "causal", "fake_score_mask": "bidirectional", "real_score_ckpt": "a.pt", "fake_score_ckpt": "a.pt"}
+    asked = [(section, key, plain) for section, keys in DISTILLATION_ONLY.items() for key, plain in keys.items()]
+    assert len(asked) > 12
+    for section, key, plain in asked:
+        value = values.get(key, True if plain is False else 8)
+        with pytest.raises(NotAvailable) as caught:
+            availability(load_config({**CHUNK8, **FORCED, "trainer": trainer}, [f"{section}.{key}={value}"]), "train")
+        assert f"distillation ({section}.{key}: " in str(caught.value) and f"of trainer {trainer} " in str(caught.value)
+        availability(load_config({**CHUNK8, **FORCED, "trainer": trainer}, [f"{section}.{key}={'null' if plain is None else plain}"]), "train")
 
 
 def test_a_short_shape_says_which_entry_is_missing():

@@ -11,15 +11,18 @@ from train_toys import shrink_tiny
 
 from longlive.bench import distil
 from longlive.config import load_config
+from longlive.config.show import config_table
 from longlive.core.errors import CheckpointError, ConfigError
 from longlive.engine.adapters import configured_adapters
 from longlive.models import spec
 from longlive.models.lora_files import read_lora
 from longlive.models.weights import MERGED_FORMAT, read_state, save_state
+from longlive.parallel.data_parallel import Replicas
 from longlive.parallel.mesh import Mesh
 from longlive.train import RunOptions, checkpoint, rehearse, run, trainer
 from longlive.train import distillation as module
 from longlive.train.cast import Merged
+from longlive.train.launch import loop_settings
 from longlive.train.lora_export import export_lora, trained_lora
 from longlive.train.optim import guarded_step
 from longlive.train.players import Player
@@ -123,11 +126,49 @@ def test_the_negative_prompt_is_encoded_once(tmp_path, monkeypatch):
 
 
 def test_what_a_run_cannot_follow_is_said(tmp_path, caplog):
-    toy_task(tmp_path, training={"ema_weight": 0.0})
+    toy_task(tmp_path, training={"ema_weight": 0.0}, algorithm={"ts_schedule": True, "last_step_only": True, "same_step_across_blocks": False})
     assert "is ignored" not in caplog.text
-    toy_task(tmp_path, training={"compile": True, "max_grad_norm": 1.0}, infra={"rollout_copy": True, "generator_quant": True})
-    for key in ("infra.rollout_copy", "training.compile", "training.max_grad_norm"):
+    toy_task(
+        tmp_path,
+        training={"compile": True, "max_grad_norm": 1.0},
+        infra={"rollout_copy": True, "generator_quant": True},
+        algorithm={"ts_schedule": True, "ts_schedule_max": True, "same_step_across_blocks": False},
+        merge_lora=True,
+    )
+    for key in ("infra.rollout_copy", "training.compile", "training.max_grad_norm", "merge_lora", "algorithm.ts_schedule", "algorithm.ts_schedule_max"):
         assert f"{key} is ignored" in caplog.text
+    assert caplog.text.count("is ignored") == 6
+
+
+def test_what_has_no_effect_off_policy_is_said(tmp_path, caplog):
+    """There are no rollouts, so that no copy of the student is made for them."""
+    every = {
+        "algorithm": {"ts_schedule": True, "ts_schedule_max": True, "last_step_only": True, "same_step_across_blocks": False, "context_noise": 5.0},
+        "training": {"finish_chunks": True},
+        "infra": {"rollout_copy": True},
+    }
+
+    def task(**sections):
+        sections["algorithm"] = {"backward_simulation": False} | sections.get("algorithm", {})
+        config = load_config(distillation(tmp_path, data={"data_path": str(tmp_path), "image_or_video_shape": SHAPE}, **sections))
+        return module.DistillationTask(config, torch.device("cpu"), Mesh(), films=films)
+
+    films = toy_task(tmp_path).films
+    task()
+    assert "is ignored" not in caplog.text
+    assert task(**every).stepper is None
+    said = [f"{section}.{key} is ignored: off-policy there are no rollouts" for section, keys in every.items() for key in keys]
+    assert all(text in caplog.text for text in said) and caplog.text.count("is ignored") == len(said)
+
+
+def test_steps_without_the_student_are_reported_without_its_loss(tmp_path, caplog):
+    caplog.set_level("INFO", logger="longlive")
+    task = toy_task(tmp_path)
+    loop = trainer.Loop(task, loop_settings(task.config, False), tmp_path / "logs", config=config_table(task.config), replicas=Replicas(), stream=0)
+    for said in ("step 1  loss ", "step 2  lr "):
+        loop._step()
+        loop._report()
+        assert said in caplog.text and caplog.text.count("critic_loss") == loop.state.step
 
 
 def test_gradients_of_the_last_frames_only(tmp_path):
