@@ -101,12 +101,17 @@ def launch(config: Config, task_class: Callable[[Config, torch.device, Mesh], Ta
         replicas.leave()
 
 
+def public(config: Config) -> Config:
+    """The configuration as files may hold it: without the key of Weights & Biases."""
+    return config.with_overrides(["logging.wandb_key=null"]) if config.logging.wandb_key else config
+
+
 def write_config(config: Config, logdir: Path) -> None:
     """LOGDIR/config.yaml: every key that differs from its default. Rank 0 writes. Raises InputError where it cannot be written."""
     try:
         logdir.mkdir(parents=True, exist_ok=True)
         if launch_rank()[0] == 0:
-            (logdir / CONFIG_FILE).write_text(config_yaml(config, changed=True), encoding="utf-8")
+            (logdir / CONFIG_FILE).write_text(config_yaml(public(config), changed=True), encoding="utf-8")
     except OSError as error:
         raise InputError(f"--logdir {logdir} cannot be written ({error.strerror}); give another folder") from error
 
