@@ -142,7 +142,8 @@ def _files(place: Path) -> dict[str, os.DirEntry]:
 
 def _videos(root: Path) -> Iterator[_Found]:
     if not (root / "video").is_dir():
-        inside = f"{root} holds no video/ folder" if root.is_dir() else f"{root} does not exist"
+        other = "is not a folder" if root.exists() else "does not exist"
+        inside = f"{root} holds no video/ folder" if root.is_dir() else f"{root} {other}"
         raise InputError(f'{inside}; a data set is ROOT/video/<sample>/0.mp4 with ROOT/caption/<sample>/0.json holding {{"caption": "..."}}')
     for folder in _folders(root / "video"):
         captions = _files(root / "caption" / folder.name)

@@ -88,6 +88,9 @@ def encode_streams(job: ShardJob, source: VideoSource, codec: VideoCodec, on_fil
         fresh = [stream for stream in again if stream.key not in streams]
     held = {key: (file, s.sample.name, s.segments) for key, (file, s) in streams.items() if key not in broken}
     planner = source.planner
+    if not held:
+        named = few([f"{file} ({reason})" for file, reason in dict(broken.values()).items()])
+        raise InputError(f"none of the {len(broken)} streams could be read: {named}; repair or replace these clips")
     return ShardIndex(
         rules=planner.rules, seed=planner.seed, passes=job.passes, height=source.geometry.height, width=source.geometry.width,
         codec=dict(job.codec_is), text=None, data=job.data, samples=planner.samples, streams=held, broken=broken, prompts={},

@@ -14,7 +14,7 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<at>\d{5})-of-(?P<count>\d{5})(?P<ending>\.
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 SHARD_INDEX = ".metadata"  # of torch.distributed.checkpoint: what training writes (train.checkpoint)
 RUN_FILE = "run.json"
+RUN_ENTRIES = ("step", "trainer", "files")  # of run.json: what reading weights needs
 TRAINED = ("generator", "generator_ema", "generator_lora", "generator_lora_ema", "critic", "critic_lora")
 FETCH = "fetch it again, or check the path"
 MADV_DONTNEED = 4
@@ -120,7 +121,7 @@ def _open_sharded(folder: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
     groups = {entry: {n.removeprefix(f"{entry}."): s for n, s in sizes.items() if n.startswith(f"{entry}.")} for entry in TRAINED}
     try:
         run = run_record(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); take another checkpoint") from None
     about = {"trainer": run["trainer"], "step": run["step"], **run.get("origin", {})}
     config = run.get("config", {})
@@ -132,9 +133,14 @@ def _open_sharded(folder: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
     return {entry: _Group(folder, entry, found) for entry, found in groups.items() if found}, about, False
 
 
-def run_record(folder: Path) -> dict[str, Any]:
-    """run.json of a training checkpoint. Raises OSError, ValueError or KeyError where it, or a file that it lists, is missing or of another size."""
+def run_record(folder: Path, entries: Sequence[str] = ()) -> dict[str, Any]:
+    """run.json of a training checkpoint. Raises OSError or ValueError where it, one of RUN_ENTRIES or `entries`, or a file that it lists is missing or of
+    another size.
+    """
     run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    absent = [entry for entry in (*RUN_ENTRIES, *entries) if not isinstance(run, dict) or entry not in run]
+    if absent:
+        raise ValueError(f"{RUN_FILE} has no {absent[0]}")
     for name, size in run["files"].items():
         if (found := (folder / name).stat().st_size) != size:
             raise ValueError(f"{name} has {found} bytes of {size}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..config import Config, availability
 from ..config.show import config_table
 from ..core.errors import InputError
-from .launch import launch, loop_settings, write_config
+from .launch import launch, loop_settings, public, write_config
 from .rehearsal import Rehearsal
 from .trainer import Loop
 
@@ -40,7 +40,7 @@ def _run_task(task_class: Callable) -> Callable[[Config, Path, RunOptions], dict
                 ready.task,
                 loop_settings(ready.config, options.save),
                 logdir,
-                config=config_table(ready.config),
+                config=config_table(public(ready.config)),
                 replicas=ready.replicas,
                 stream=ready.mesh.dp_rank,
                 auto_resume=options.auto_resume,

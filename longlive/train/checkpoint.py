@@ -37,6 +37,7 @@ from .state import entry, optimizer_targets, optimizer_tensors, set_optimizer
 
 SINGLE_FILE = "model.pt"
 PATIENCE = timedelta(hours=1)  # for the slowest rank's writing
+RESUMED = ("elapsed", "topology", "config", "config_hash", "ranks")  # of run.json: what going on needs besides
 _FOLDER = re.compile(r"checkpoint_model_(\d+)$")
 
 
@@ -144,8 +145,8 @@ class Writer:
 def read_run(folder: Path, trainer: str) -> dict:
     """run.json of a complete checkpoint. Raises CheckpointError for one that is damaged or of another trainer."""
     try:
-        run = run_record(folder)
-    except (OSError, ValueError, KeyError) as error:
+        run = run_record(folder, RESUMED)
+    except (OSError, ValueError) as error:
         raise damaged(folder, str(error)) from error
     if run["trainer"] != trainer:
         raise CheckpointError(f"{folder} was written by trainer {run['trainer']!r}, not {trainer!r}; use another --logdir or --no-auto-resume")

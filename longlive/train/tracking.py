@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..config.show import config_table
+from ..core.errors import InputError
 from ..core.log import logger
 
 Tracker = Callable[[dict], None]
@@ -52,12 +53,17 @@ def wandb_tracker(config: Config, logdir: Path, folder: Path | None) -> Tracker 
     except ImportError:
         logger.warning("wandb is not installed: metrics go to metrics.jsonl and TensorBoard (pip install 'longlive[train]', or --disable-wandb)")
         return None
-    if settings.wandb_key:
-        wandb.login(key=settings.wandb_key, host=settings.wandb_host)
     name = Path(config.source).stem or logdir.name
     secret = config_table(config)
     secret["logging"].pop("wandb_key", None)
-    run = wandb.init(project=settings.wandb_project, entity=settings.wandb_entity, name=name, config=secret, dir=str(folder or logdir))
+    try:
+        if settings.wandb_key:
+            wandb.login(key=settings.wandb_key, host=settings.wandb_host)
+        run = wandb.init(project=settings.wandb_project, entity=settings.wandb_entity, name=name, config=secret, dir=str(folder or logdir))
+    except Exception as error:  # no account, no network, no such entity: whatever the library says
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "run `wandb login`, set logging.wandb_key, or use --disable-wandb"
+        raise InputError(f"Weights & Biases project {settings.wandb_project} cannot be opened ({reason}); {remedy}") from error
 
     def track(row: dict) -> None:
         run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.geometry import Geometry
+from ..core.log import warn_once
 from ..data.encoding import encode_frames
 from ..data.open import open_manifest, sample_size, sampling_rules
+from ..data.samples import Broken
 from ..data.sources import VideoSource
 from ..diffusion.flow import train_table
 from ..models.codec import VideoCodec
@@ -79,14 +81,22 @@ class VideoHeldOut:
         rules = sampling_rules(config, deterministic=True)
         self.source = VideoSource(open_manifest(config, root), rules, sample_size(config), seed=SEED, max_broken=config.data.max_broken_clips)
 
+        self._name(self.source.unreadable)
+
+    def _name(self, broken: Sequence[Broken]) -> None:
+        for clip in broken:
+            warn_once(f"broken held-out clip {clip.file} ({clip.reason}); val_loss is over the clips that can be read: compare it only where they are the same")
+
     def __len__(self) -> int:
         return min(CLIPS, len(self.source))
 
     def clip(self, number: int, codec: VideoCodec) -> HeldOutClip | None:
         """None where the clip, and all that could stand in for it, cannot be read."""
-        sample = self.source.fetch(number).sample
-        if sample is None:
+        fetched = self.source.fetch(number)
+        self._name(fetched.broken)
+        if fetched.sample is None:
             return None
+        sample = fetched.sample
         z = encode_frames(codec, sample.frames_THW3[None])[0].float().cpu()
         valid = sample.valid_chunks * (len(z) // len(sample.cuts))
         return HeldOutClip(number=number, latents_FCHW=z, prompts=sample.prompts, cuts=sample.cuts, valid=valid)

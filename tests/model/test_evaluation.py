@@ -9,6 +9,7 @@ import torch
 
 from longlive.config import load_config
 from longlive.core.errors import ConfigError, InputError
+from longlive.data import sources
 from longlive.diffusion.flow import train_table
 from longlive.models import spec
 from longlive.models.codec import VideoCodec
@@ -21,6 +22,7 @@ from longlive.train.compiled import checkpoint_blocks
 from longlive.train.evaluate import Evaluator
 from longlive.train.objective import flow_target, frame_errors
 from longlive.train.teacher_forcing import Film, frame_positions, teacher_forced_velocity
+from longlive.train.validation import VideoHeldOut
 from longlive.world.judge import ATTRIBUTES
 
 DIT = DiTDims(dim=32, ffn=64, layers=1, heads=2, text_dim=20, text_len=64)
@@ -201,7 +203,7 @@ def test_latents_instead_of_films(tmp_path, prompts):
     assert saved.shape == (16, 48, 2, 4) and not films_of(tmp_path, ".mp4")
 
 
-def test_the_loss_on_a_folder_of_held_out_videos(tmp_path):
+def test_the_loss_on_a_folder_of_held_out_videos(tmp_path, monkeypatch, caplog):
     from longlive.engine.sinks import Mp4Sink
 
     for name, frames in (("a", 61), ("b", 40)):
@@ -214,6 +216,19 @@ def test_the_loss_on_a_folder_of_held_out_videos(tmp_path):
     columns = e.run(network(), {}, 2)
     assert [clip.valid for clip in e.clips] == [16, 8] and columns["val_loss"] > 0
     assert {path.name for path in tmp_path.rglob("film_*.mp4")} == {"film_000.mp4", "film_001.mp4"}
+
+    def damaged(path, *where):
+        if path.parent.name == "b":
+            raise InputError("cut off")
+        return read(path, *where)
+
+    read = sources.read_frames
+    monkeypatch.setattr(sources, "read_frames", damaged)
+    (tmp_path / "set" / "video" / "a" / "1.mp4").write_bytes(b"no video")
+    (tmp_path / "set" / "caption" / "a" / "1.json").write_text('{"caption": "noise"}')
+    held = VideoHeldOut(e.config, tmp_path / "set")
+    assert [clip.valid for clip in (held.clip(number, e.codec) for number in range(2)) if clip] == [16, 16]
+    assert "broken held-out clip video/b/0.mp4 (cut off)" in caplog.text and "broken held-out clip video/a/1.mp4" in caplog.text
 
 
 def test_when_evaluations_are_due(tmp_path):

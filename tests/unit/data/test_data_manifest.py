@@ -108,5 +108,8 @@ def test_the_cache_may_lie_elsewhere(copy, tmp_path, caplog):
 def test_another_layout_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no video/ folder"):
         index_dataset(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is not a folder"):
+        index_dataset(tmp_path / "file")
     with pytest.raises(InputError, match="does not exist"):
         index_dataset(tmp_path / "nothing")

@@ -174,6 +174,11 @@ def test_broken_clips_have_the_same_substitutes(codec, tmp_path):
         assert torch.equal(encode_frames(codec, video.sample.frames_THW3[None])[0], shard.sample.latents_FCHW)
     with pytest.raises(InputError, match="1 clips are broken: video/b/0.mp4"):
         encode(tmp_path / "none", videos(root), codec)
+    alone = write_dataset(tmp_path / "alone", {"a": [40]})
+    damage(alone / "video" / "a" / "0.mp4")
+    with pytest.raises(InputError, match="none of the 1 streams could be read: video/a/0.mp4 .*repair or replace"):
+        encode(tmp_path / "nothing", videos(alone, max_broken=2), codec, passes=1)
+    assert not (tmp_path / "nothing" / "index.json").exists()
 
 
 def test_text_shards_are_a_text_encoder(root, codec, tmp_path):

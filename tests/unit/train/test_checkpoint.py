@@ -138,11 +138,19 @@ def flip_index(folder):
     (folder / ".metadata").write_bytes(b"x" * (folder / ".metadata").stat().st_size)
 
 
+def lose(folder, entry):
+    run = json.loads((folder / "run.json").read_text())
+    del run[entry]
+    (folder / "run.json").write_text(json.dumps(run))
+
+
 DAMAGE = {
     "truncated": truncate,
     "index": flip_index,
     "no run file": lambda folder: (folder / "run.json").unlink(),
     "half a run file": lambda folder: (folder / "run.json").write_text('{"step": 2'),
+    "no entries": lambda folder: (folder / "run.json").write_text("[]"),
+    "no topology": lambda folder: lose(folder, "topology"),
     "empty": lambda folder: [file.unlink() for file in folder.iterdir()],
 }
 
@@ -243,6 +251,9 @@ def test_a_checkpoint_is_read_as_weights(tmp_path):
         assert all(torch.equal(state.tensors[name], want[name]) for name in want)
     with pytest.raises(CheckpointError, match="damaged"):
         truncate(folder)
+        read_state(folder)
+    with pytest.raises(CheckpointError, match="is damaged .run.json has no step"):
+        (folder / "run.json").write_text("[]")
         read_state(folder)
 
 

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from train_toys import losses, shrink_tiny, training, write_vae
 
 from longlive.cli import entry
@@ -42,6 +43,24 @@ def test_a_run_tells_every_row_and_no_secret(tmp_path, wandb):
     assert about["config"]["training"]["max_iters"] == 2
     assert [step for step, _ in wandb.rows] == [1, 2]
     assert [row["loss"] for _, row in wandb.rows] == pytest.approx([loss for loss, _ in losses(tmp_path / "run")], abs=1e-6)
+
+
+def test_files_of_a_run_hold_no_secret(tmp_path, wandb):
+    run(load_config(training("", write_vae(tmp_path)), [*WORLD, *PROJECT]), tmp_path / "run", RunOptions(wandb=True))
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"config.yaml", "run.json"} <= {path.name for path in files} and wandb.logins
+    assert not [path for path in files if b"secret" in path.read_bytes()]
+
+
+def test_a_library_that_refuses_ends_the_command_with_one_line(tmp_path, wandb, capsys):
+    def refuse(**how):
+        raise RuntimeError("api_key not configured\nsecond line")
+
+    wandb.init = refuse
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(training("", write_vae(tmp_path))))
+    assert command(entry.train, ["--config_path", str(tmp_path / "config.yaml"), "--logdir", str(tmp_path / "run"), *WORLD, *PROJECT]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and "longlive2 cannot be opened (api_key not configured)" in said and "--disable-wandb" in said
 
 
 def test_the_flag_and_a_missing_project_keep_it_out(tmp_path, wandb):
