@@ -33,9 +33,7 @@ from .adapters import configured_adapters
 CPU_GROUP = 2  # latent frames decoded at a time on a CPU, whose cache likes small pieces
 
 
-def load_dit(
-    config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, adapters: list[tuple[Adapter, float]] | None = None
-) -> tuple[WanDiT, Path]:
+def load_dit(config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, adapters: list[tuple[Adapter, float]] | None = None) -> tuple[WanDiT, Path]:
     """The generator of `checkpoints.generator_ckpt`; without one, the small model's shipped weights or the base model's folder.
 
     `adapters` (default: those that the configuration names) are merged with `merge_lora`, else they stay beside it, live, in `dtype`. With `fp8_quant` or
@@ -46,7 +44,7 @@ def load_dit(
     adapters = configured_adapters(config) if adapters is None else adapters
     path = generator_path(config, spec)
     packed, state = split_packed(read_state(path, use_ema=config.inference.use_ema, kind="generator"), named_rule(config))
-    converter = configured_converter(config, device, packed, metadata=state.metadata)
+    converter = configured_converter(config, device, dtype, packed, metadata=state.metadata)
     state = native_state(state, "generator")
     refuse_lora_on_merged(state.metadata, ", ".join(str(adapter.path) for adapter, _ in adapters))
     merge = bool(adapters) and config.merge_lora
