@@ -23,6 +23,8 @@ def train(
     wandb_save_dir: Annotated[Path | None, typer.Option(help="Folder for the files of Weights & Biases.")] = None,
     no_auto_resume: Annotated[bool, typer.Option("--no-auto-resume", help="Start afresh even where LOGDIR holds a checkpoint.")] = False,
     no_save: Annotated[bool, typer.Option("--no_save", "--no-save", help="Write weights only, no checkpoint to resume from.")] = False,
+    no_visualize: Annotated[bool, typer.Option("--no_visualize", "--no-visualize", help="No evaluation during training.")] = False,
+    generate_before_train: Annotated[bool, typer.Option("--generate-before-train", help="Evaluate once and stop.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check configuration and data, estimate memory, take one step; write nothing.")] = False,
 ) -> None:
     """Train a model; extra key=value words override the configuration. Run again with the same LOGDIR to go on where it stopped."""
@@ -34,13 +36,15 @@ def train(
     from ..train import RunOptions, run
 
     report_to_stderr()
-    settings = load_config(config, split_overrides(ctx.args))
+    settings = load_config(config, split_overrides(ctx.args) + (["evaluation.interval=0"] if no_visualize else []))
     if dry_run:
         rehearsal(settings)
         return
     if logdir is None:
         raise InputError("--logdir is missing; give the folder that gets metrics, weights and checkpoints, or ask for a --dry-run")
-    options = RunOptions(auto_resume=not no_auto_resume, save=not no_save, wandb=not disable_wandb, wandb_dir=wandb_save_dir)
+    options = RunOptions(
+        auto_resume=not no_auto_resume, save=not no_save, evaluate_only=generate_before_train, wandb=not disable_wandb, wandb_dir=wandb_save_dir
+    )
     results = run(settings, logdir, options)
     if launch_rank()[0]:
         return

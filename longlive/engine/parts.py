@@ -44,7 +44,7 @@ def load_dit(config, spec: ModelSpec, device: torch.device, dtype: torch.dtype, 
     adapters = configured_adapters(config) if adapters is None else adapters
     path = generator_path(config, spec)
     packed, state = split_packed(read_state(path, use_ema=config.inference.use_ema, kind="generator"), named_rule(config))
-    converter = configured_converter(config, device, packed, metadata=state.metadata)
+    converter = configured_converter(config, device, dtype, packed, metadata=state.metadata)
     state = native_state(state, "generator")
     refuse_lora_on_merged(state.metadata, ", ".join(str(adapter.path) for adapter, _ in adapters))
     merge = bool(adapters) and config.merge_lora

@@ -1,14 +1,14 @@
 """The ways to compute a quantised linear layer, what each needs, and the choice among them: explicit or by capability, never silent.
 
-    name       weights   activations   computed by                                     runs on
-    fp8        FP8       FP8           scaled_mm, one scale a row, fast accumulation   Ada, Hopper, Blackwell; reference on a CPU
-    torchao    FP8       FP8           the package, as a cross-check                   Ada, Hopper, Blackwell
-    w4a8       NVFP4     FP8           FP8 made from packed weights for each product   as fp8
-    w4a16      NVFP4     unchanged     weights dequantised for each product            everywhere
-    native     NVFP4     NVFP4         FP4 tensor cores through scaled_mm              Blackwell
-    emulated   NVFP4     NVFP4         the numbers of `native`, up to the order of     everywhere
-                                       addition, in bfloat16 products
-    te         NVFP4     NVFP4         TransformerEngine, from merged weights          datacentre Blackwell
+name       weights   activations   computed by                                     runs on
+fp8        FP8       FP8           scaled_mm, one scale a row, fast accumulation   Ada, Hopper, Blackwell; reference on a CPU
+torchao    FP8       FP8           the package, as a cross-check                   Ada, Hopper, Blackwell
+w4a8       NVFP4     FP8           FP8 made from packed weights for each product   as fp8
+w4a16      NVFP4     unchanged     weights dequantised for each product            everywhere
+native     NVFP4     NVFP4         FP4 tensor cores through scaled_mm              Blackwell
+emulated   NVFP4     NVFP4         the numbers of `native`, up to the order of     everywhere
+                                   addition, in bfloat16 products
+te         NVFP4     NVFP4         TransformerEngine, from merged weights          datacentre Blackwell
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ BACKENDS = {
         Backend(name=FP8, weights="fp8", words="FP8 weights and activations", lacks=_fp8, instead="set fp8_quant: false to run in bf16", spares=TEXT),
         Backend(name=TORCHAO, weights="torchao", words="FP8 by torchao", lacks=_torchao, instead="set fp8_backend: null", spares=TEXT),
         Backend(name=W4A8, weights="nvfp4", words="NVFP4 weights computed in FP8", lacks=_fp8, instead="set model_quant_backend: w4a16"),
-        Backend(name=W4A16, weights="nvfp4", words="NVFP4 weights computed in BF16", lacks=lambda c: None, instead=""),
+        Backend(name=W4A16, weights="nvfp4", words="NVFP4 weights, products in full precision", lacks=lambda c: None, instead=""),
         Backend(name=NATIVE, weights="nvfp4", words="NVFP4 weights and activations", lacks=_native, instead="set model_quant_backend: w4a8 or emulated"),
         Backend(name=EMULATED, weights="nvfp4", words="NVFP4 weights and activations, emulated", lacks=lambda c: None, instead=""),
         Backend(

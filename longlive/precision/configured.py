@@ -24,11 +24,13 @@ W4A4 = (NATIVE, EMULATED, TE)
 def configured_converter(
     config,
     device: torch.device,
+    dtype: torch.dtype,
     given: Mapping[str, PackedTensor] | None = None,
     capability: Capability | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> LinearConverter | None:
-    """The converter of `fp8_quant` or `model_quant`, None for neither. `given`: weights that the checkpoint holds quantised; `metadata`: what it says.
+    """The converter of `fp8_quant` or `model_quant`, None for neither. `dtype`: of all that is not quantised. `given`: weights that the checkpoint holds
+    quantised; `metadata`: what it says.
 
     A generator that was trained in NVFP4 is quantised with the tiles that it was trained with, and a warning says where it is computed in another way.
     Raises ConfigError for a backend that the device lacks, CheckpointError for a quantised checkpoint that the configuration does not ask for.
@@ -43,7 +45,8 @@ def configured_converter(
         _told(trained, "in floating point")
         return None
     backend, key = _backend(config, given, capability)
-    warn_once(f"{backend.words} ({backend.name}) on {capability.name}; {key} chooses another way")
+    rest = str(dtype).removeprefix("torch.")
+    warn_once(f"{backend.words} ({backend.name}), all else in {rest}, on {capability.name}; {key} chooses another way")
     rules = {
         "weight_rule": q.model_quant_weight_scale_rule or q.model_quant_scale_rule,
         "activation_rule": q.model_quant_activation_scale_rule,

@@ -8,6 +8,7 @@ import torch
 from train_toys import losses, shrink_tiny, training, write_vae
 
 from longlive.cli import entry
+from longlive.cli.app import app
 from longlive.cli.app import run as command
 from longlive.config import load_config
 from longlive.models import spec
@@ -71,5 +72,8 @@ def test_one_evaluation_before_training(tmp_path, monkeypatch, capsys):
     assert not losses(tmp_path / "logs") and not checkpoint.folders(tmp_path / "logs") and not list((tmp_path / "logs").glob("dit-*"))
     assert command(entry.train, [*script, *words, "evaluation.interval=0"]) == 2
     assert "one evaluation needs" in capsys.readouterr().err
+    own = ["train", *script[1:2], "--logdir", "own", *script[4:], *words]
+    assert command(app, own) == 0 and [path.name for path in (tmp_path / "own" / "evaluation").iterdir()] == ["step_000000"]
+    assert command(app, [*own, "--no_visualize"]) == 2 and "one evaluation needs" in capsys.readouterr().err
     (tmp_path / "pictures" / "robot.png").unlink()
     assert command(entry.train, [*script, *words]) == 2

@@ -19,6 +19,7 @@ from longlive.models.wan_dit import WanDiT
 from longlive.models.weights import save_state
 from longlive.ops import nvfp4
 from longlive.ops.packed import BITS
+from longlive.precision import configured
 from longlive.precision.linear import Fp8Linear, QuantisedLinear
 from longlive.precision.selection import quantised_linears
 
@@ -71,6 +72,15 @@ def test_layers_of_the_blocks_are_quantised_and_close_to_the_plain_ones(files, w
         right = plain.get_submodule(name)(x)
         error = (layer(x) - right).norm() / right.norm()
         assert 0 < error < (0.05 if way == "fp8" else 0.2), (name, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_choice_that_is_told_names_the_type_of_the_rest(files, monkeypatch, dtype):
+    told = []
+    monkeypatch.setattr(configured, "warn_once", told.append)
+    loaded(files, "model_quant=true", dtype=dtype)
+    (line,) = told
+    assert "(w4a16), all else in " + str(dtype).removeprefix("torch.") in line and "model_quant_backend chooses another way" in line and "BF16" not in line
 
 
 @pytest.mark.parametrize("way", WAYS)
