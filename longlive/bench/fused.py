@@ -1,8 +1,9 @@
 """Each fused operation against its torch reference and against its floor, at the sizes of a chunk.
 
-The reference is what runs where a gradient is wanted: the same call on an input that wants one. On a GPU a graph of the calls is timed, as generation runs
-them, since the host takes longer to launch a small kernel than a GPU to run it. Floors come from the bytes that must be read and written, over
-the card's measured copy rate, and from multiplications, over its measured matrix rate. (Errors are a matter of tests/gpu.)
+The reference is what runs where a gradient is wanted: the same call on an input that wants one; of what has no gradient, the torch code that it equals.
+On a GPU a graph of the calls is timed, as generation runs them, since the host takes longer to launch a small kernel than a GPU to run it. Floors come
+from the bytes that must be read and written, over the card's measured copy rate, and from multiplications, over its measured matrix rate. (Errors are a
+matter of tests/gpu.)
 
 Legend: B = 1, N tokens of a chunk, D features, H heads, d head features, F latent frames.
 """
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..core.geometry import CHUNK_FRAMES, Geometry
 from ..models.spec import DiTDims, model_spec
 from ..ops.attention import attention
+from ..ops.fp8 import quantise_rows
 from ..ops.fp8_matmul import quantised_rows
 from ..ops.heads import Heads, norm_rope_write
 from ..ops.intake import Rows
 from ..ops.linear import joint_linear, lay_side_by_side, linear_gelu
-from ..ops.norm import rms_norm
+from ..ops.modulate import modulate
+from ..ops.norm import layer_norm, rms_norm
 from ..ops.residual import add_gated, add_norm, add_norm_modulate, norm_modulate
 from ..ops.text_attention import text_attention
 from ..precision.linear import Fp8Linear
@@ -47,12 +51,13 @@ class FusedSettings:
 
 
 class Work(NamedTuple):
-    """`call(x)` must move so many bytes and do so many operations."""
+    """`call(x)` must move so many bytes and do so many operations. `reference(x)`: torch's way, where `call` gives no gradient."""
 
     call: Callable[[torch.Tensor], object]
     x: torch.Tensor
     moved: int
     operations: float = 0.0
+    reference: Callable[[torch.Tensor], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,22 +171,26 @@ def row_cases(dims: DiTDims, device: torch.device) -> list[Case]:
     """What the FP8 layers of a block read."""
     D, random = dims.dim, _random(device)
 
-    def rows(width: int, make: Callable[[torch.Tensor], object]):
+    def plain(x: torch.Tensor):
+        return quantise_rows(x, on_nonfinite="nan")
+
+    def rows(width: int, make: Callable[[torch.Tensor], object], reference: Callable[[torch.Tensor], object]):
         def run(tokens: int, dtype: torch.dtype):
             x = random(1, tokens, width, dtype=dtype)
-            return Work(make, x, x.nbytes + x.numel())
+            return Work(make, x, x.nbytes + x.numel(), reference=reference)
 
         return run
 
     def norm_rows(tokens: int, dtype: torch.dtype):
         x, reader = random(1, tokens, D, dtype=dtype), Fp8Linear.of(random(16, D, dtype=dtype), None)
         shift, scale = random(2, 1, CHUNK_FRAMES, D, dtype=dtype, like=0.5)
-        return Work(lambda x: norm_modulate(x, shift, scale, 1e-6, (reader,)), x, x.nbytes + x.numel())
+        call, reference = lambda x: norm_modulate(x, shift, scale, 1e-6, (reader,)), lambda x: plain(modulate(layer_norm(x, 1e-6), shift, scale))
+        return Work(call, x, x.nbytes + x.numel(), reference=reference)
 
     return [
-        Case("fp8 rows", rows(D, quantised_rows), reference=False),
-        Case("gelu, fp8 rows", rows(dims.ffn, Rows().of_gelu), reference=False),
-        Case("norm, modulate, fp8 rows", norm_rows, reference=False),
+        Case("fp8 rows", rows(D, quantised_rows, plain)),
+        Case("gelu, fp8 rows", rows(dims.ffn, Rows().of_gelu, lambda x: plain(F.gelu(x.float(), approximate="tanh")))),
+        Case("norm, modulate, fp8 rows", norm_rows),
     ]
 
 
@@ -233,9 +242,11 @@ def _measure(case: Case, tokens: int, device: torch.device, rates: dict[str, flo
     fused = recorded(lambda: _each(sets, False), device, repeats) / len(sets)
     entry = {"microseconds": 1e6 * fused, "floor_microseconds": 1e6 * floor, "of_floor": floor / fused}
     if case.reference:
+        plain = [work if work.reference is None else work._replace(call=work.reference) for work in sets]
+        gradients = sets[0].reference is None
         for work in sets:
-            work.x.requires_grad_()
-        entry["reference_microseconds"] = 1e6 * recorded(lambda: _each(sets, True), device, max(3, repeats // 4)) / len(sets)
+            work.x.requires_grad_(gradients)
+        entry["reference_microseconds"] = 1e6 * recorded(lambda: _each(plain, gradients), device, max(3, repeats // 4)) / len(sets)
         entry["times_reference"] = entry["reference_microseconds"] / entry["microseconds"]
     if operations:
         entry["tflops"] = operations / fused / 1e12

@@ -34,8 +34,13 @@ from .timing import Kernel, by_kind, kernels, timed
 GIB = 2**30
 RESULTS = Path("benchmarks/results")
 LONGEST = 12  # kernels that a profile names
-COMPARED = {"precision": str, "steps": int, "vae": str, "decode": str, "group": int, "graphs": str, "attention": str}
+COMPARED = {"precision": str, "steps": int, "vae": str, "group": int, "graphs": str, "attention": str}
 NO_VAE = "none"
+# every row has these, None where a case did not measure them
+MEASURED = (
+    "denoise_fps", "decode_ms_per_chunk", "decode_fps", "end_to_end_fps", "ttff_s", "interchunk_ms", "deadline_attainment", "real_time_factor", "peak_gib",
+    "warmup_s",
+)  # fmt: skip
 GRAPHS = {"auto": "auto", "on": True, "off": False}
 
 
@@ -84,6 +89,8 @@ class GenerateSettings:
             raise InputError("--height and --width belong together; give both or neither")
         if self.config is None and (self.window < CHUNK_FRAMES or self.window % CHUNK_FRAMES):
             raise InputError(f"--window {self.window} is no multiple of {CHUNK_FRAMES} latent frames")
+        if self.layers is not None and self.layers < 1:
+            raise InputError(f"--layers {self.layers}: a generator has at least one block")
         if not (self.precisions and self.steps and self.vaes) or min(*self.steps, self.chunks) < 1 or min(self.group, self.tile_rows) < 0:
             raise InputError("--precision, --steps, --vae name at least one each; --steps, --chunks are at least 1, --group, --vae-tile-rows at least 0")
 
@@ -127,14 +134,14 @@ def results_file(name: str) -> Path:
 def _choice(settings: GenerateSettings, words: str) -> dict:
     """Words such as steps=2,vae=wan -> one value of everything that `COMPARED` names; the rest is the first of the settings."""
     chosen = {"precision": settings.precisions[0], "steps": settings.steps[0], "vae": settings.vaes[0]}
-    chosen |= {"decode": settings.decode, "group": settings.group, "graphs": settings.graphs, "attention": settings.attention}
+    chosen |= {"group": settings.group, "graphs": settings.graphs, "attention": settings.attention}
     for word in filter(None, words.split(",")):
         name, _, value = word.partition("=")
         if name not in COMPARED or not value or (COMPARED[name] is int and not value.isdecimal()):
             raise InputError(f"--compare {words!r}: {word!r} is no setting; write NAME=VALUE with a name of {', '.join(COMPARED)}")
         chosen[name] = COMPARED[name](value)
     one = {"precisions": (chosen["precision"],), "steps": (chosen["steps"],), "vaes": (chosen["vae"],)}
-    replace(settings, **one, decode=chosen["decode"], graphs=chosen["graphs"], attention=chosen["attention"]).check()
+    replace(settings, **one, graphs=chosen["graphs"], attention=chosen["attention"]).check()
     return chosen
 
 
@@ -202,7 +209,7 @@ class _Bench:
         shape |= {"window": frames, "chunks": s.chunks}
         model = {"model": pipeline.spec.name, "weights": "random" if s.config is None else str(s.config), "decode": pipeline.decode_kind}
         model |= {"group": s.group, "tile_rows": s.tile_rows, "graphs": s.graphs, "attention": pipeline.settings.attention}
-        self.rows.append({**model, **key, **shape, **values, **self.head})
+        self.rows.append({**model, **key, **shape, **dict.fromkeys(MEASURED), **values, **self.head})
         self._write()
         self.report(f"{key['precision']}, {key['steps']} steps, {key['vae']}: {_row_words(self.rows[-1])}")
 
@@ -272,7 +279,10 @@ class _Bench:
     # ------------------------------------------------------------ two settings
 
     def compare(self, one: dict, two: dict) -> list[dict]:
-        """Films of both settings, a chunk of one and a chunk of the other in turn, so that the card's clocks and heat are the same for both."""
+        """Films of both settings, a chunk of one and a chunk of the other in turn, so that the card's clocks and heat are the same for both.
+
+        Frames are decoded inline: on a stream of its own one film's decoding would fall into the other's time.
+        """
         pipelines = self._two_pipelines(one, two)
         chunks = self.settings.chunks
         sessions = [film_session(p, warm_chunks(p) + chunks, decode=c["vae"] != NO_VAE) for p, c in zip(pipelines, (one, two))]
@@ -356,7 +366,7 @@ def _decode_words(values: dict) -> str:
 def _row_words(row: dict) -> str:
     if "interleaved_fps" in row:
         return f"{row['interleaved_ms_per_chunk']:.1f} ms a chunk = {row['interleaved_fps']:.2f} FPS"
-    if "end_to_end_fps" not in row:
+    if row["end_to_end_fps"] is None:
         return f"failed ({row['failed']})" if "failed" in row else "sampling alone"
     ms = row["interchunk_ms"]
     memory = "" if row["peak_gib"] is None else f", peak {row['peak_gib']:.1f} GiB"

@@ -16,7 +16,7 @@ import torch
 from ..core.errors import CheckpointError, InputError
 from ..models import fouroversix
 from ..models.lora_merge import check_target, merged_generator, write_merged
-from ..models.quantised_files import to_plain
+from ..models.quantised_files import HEADER, to_plain
 from ..models.sizes import dit_dims, shapes_of
 from ..models.spec import model_spec
 from ..models.wan_dit import WanDiT
@@ -76,8 +76,10 @@ def _packed(
     }  # fmt: skip
     if out.suffix == ".safetensors":
         plain, header = to_plain(packed, tensors)
-        save_state(out, plain, {**about, **header, "quantization": record, "checkpoint_format": "longlive_quantised"})
+        about |= {"checkpoint_format": HEADER}
+        save_state(out, plain, {**about, **header, "quantization": record})
     else:
+        about |= {"checkpoint_format": fouroversix.FORMAT}
         more = {key: value for key, value in about.items() if key != "checkpoint_format"}
         save_torch(out, fouroversix.container(packed, tensors, record, **more))
-    return about | {"checkpoint_format": fouroversix.FORMAT, "weight_scale_rule": next(iter(packed.values())).rule, "packed_layers": len(packed)}
+    return about | {"weight_scale_rule": next(iter(packed.values())).rule, "packed_layers": len(packed)}

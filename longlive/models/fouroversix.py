@@ -137,6 +137,13 @@ def container(weights: Mapping[str, NVFP4], rest: Mapping[str, Tensor], record: 
     return {"generator": write(weights, rest), "checkpoint_format": FORMAT, "checkpoint_version": VERSION, "quantization": quantization, **more}
 
 
+def check_configured(named: str | None, configured: str | None) -> None:
+    """Raises CheckpointError when the rule that a file names and that of the configuration are both there and scale differently."""
+    wanted = ALIASES.get(configured, configured)
+    if named is not None and wanted is not None and RULES[named][:2] != RULES[wanted][:2]:
+        raise CheckpointError(f"the checkpoint was quantised by {named} and the configuration says {wanted}; set the weight scale rule to {named}")
+
+
 def read_container(content: Mapping[str, Any], state: Mapping[str, Tensor], configured: str | None = None) -> tuple[dict[str, NVFP4], dict[str, Tensor]]:
     """`read` of `state`, the chosen entry of `content` without wrappers in its names, by the rule that the container names.
 
@@ -145,8 +152,7 @@ def read_container(content: Mapping[str, Any], state: Mapping[str, Tensor], conf
     """
     named = rule_of(content) if "checkpoint_format" in content else None
     wanted = ALIASES.get(configured, configured)
-    if named is not None and wanted is not None and RULES[named][:2] != RULES[wanted][:2]:
-        raise CheckpointError(f"the checkpoint was quantised by {named} and the configuration says {wanted}; set the weight scale rule to {named}")
+    check_configured(named, configured)
     if named is None and wanted is None:
         raise CheckpointError("the state dict holds packed weights and names no scale rule; set the weight scale rule that they were quantised with")
     record = content.get("quantization")

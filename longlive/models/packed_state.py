@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..core.errors import CheckpointError
+from ..ops.nvfp4 import NVFP4
 from ..ops.packed import PackedTensor
 from . import fouroversix
 from .quantised_files import from_plain, is_quantised
@@ -24,6 +25,8 @@ def split_packed(state: StateFile, configured: str | None = None) -> tuple[dict[
     try:
         if is_quantised(state.metadata):
             packed, rest = from_plain(state.tensors, state.metadata)
+            for weight in packed.values():
+                fouroversix.check_configured(weight.rule if isinstance(weight, NVFP4) else None, configured)
         elif fouroversix.is_fouroversix(state.tensors):
             packed, rest = fouroversix.read_container(state.metadata, state.tensors, configured)
         else:

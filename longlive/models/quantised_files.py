@@ -9,6 +9,7 @@ Nothing is believed twice: a tensor whose numbers contradict its rule is refused
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,7 +103,10 @@ def possible_rules(packed: NVFP4) -> tuple[str, ...]:
 
 
 def check_rule(name: str, packed: NVFP4) -> None:
-    """Raises CheckpointError when the numbers of `packed` cannot come from its rule."""
+    """Raises CheckpointError when the numbers of `packed` cannot come from its rule, or its amax is no largest magnitude."""
+    amax = packed.amax.item()
+    if not 0 <= amax < math.inf:
+        raise CheckpointError(f"{name} has the largest value (amax) {amax:g}, which is that of no tensor; take the original file")
     possible = possible_rules(packed)
     if packed.rule not in possible:
         found = f"its numbers come from {' or '.join(possible)}" if possible else "its numbers come from no rule for whole tensors"

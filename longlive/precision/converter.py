@@ -113,7 +113,8 @@ class LinearConverter:
         given = {name.removesuffix(".weight"): weight for name, weight in self.given.items()}
         stray = [name for name in given if name not in chosen]
         if stray:
-            raise CheckpointError(f"{stray[0]} is quantised in the checkpoint and filtered out in the configuration; take it off the filtered modules")
+            remedy = "take it off the filtered modules, or skip no block"
+            raise CheckpointError(f"{stray[0]} is quantised in the checkpoint and filtered out in the configuration; {remedy}")
         converted, kept, before, after = {}, {}, 0, 0
         for name in [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
             layer = model.get_submodule(name)

@@ -54,8 +54,9 @@ def test_lora_is_merged_before_weights_are_packed(files):
     assert torch.equal(plain[f"{name}.weight"].codes, nvfp4.quantise(base[f"{name}.weight"], "mse").codes)
 
 
-def test_ours_describes_itself(files):
+def test_ours_describes_itself(files, capsys):
     assert save(files, "ours.safetensors", "--dtype", "fp32") == 0
+    assert "longlive_quantised)" in capsys.readouterr().out
     state = read_state(files / "ours.safetensors")
     header = json.loads(state.metadata["longlive_quantised"])
     assert len(header["tensors"]) == 10 * SPEC.dit.layers

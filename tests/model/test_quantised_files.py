@@ -135,6 +135,8 @@ def test_the_rule_of_the_weights_comes_before_the_general_one():
         ("scale_factors", lambda t: t[:-4], "508 scales do not fit"),
         ("amax", lambda t: t.half(), "a cast of the whole file destroyed it"),
         ("amax", lambda t: t.expand(2), "amax 1, not 4 and 2"),
+        ("amax", lambda t: t * float("nan"), "the largest value .amax. nan"),
+        ("amax", lambda t: -t, "the largest value .amax. -"),
         ("values", lambda t: t[:64], "do not fit metadata"),
         ("metadata", lambda t: t + 1, "do not fit metadata"),
     ],
@@ -200,6 +202,7 @@ def changed(header_change=lambda h: None, tensor_change=lambda t: None):
         (lambda h: h.pop("tensors"), None, "cannot be read"),
         (None, lambda t: t.pop(NAME + ".nvfp4.scales"), f"{NAME}: a nvfp4 tensor lacks its scales"),
         (None, lambda t: t.update({NAME + ".nvfp4.gscale": torch.tensor(1.0)}), "gscale is not amax / 1536"),
+        (None, lambda t: t.update({NAME + ".nvfp4.amax": -t[NAME + ".nvfp4.amax"], NAME + ".nvfp4.gscale": -t[NAME + ".nvfp4.gscale"]}), "the largest value"),
         (None, lambda t: t.update({"c.weight.fp8.scales": t["c.weight.fp8.scales"].bfloat16()}), "a cast of the file destroyed them"),
     ],
 )

@@ -112,6 +112,8 @@ def test_a_quantised_file_is_the_model_quantised_at_load(files, file):
         ([], "packed.pt", "set model_quant: true"),
         (["fp8_quant=true"], "packed.safetensors", "set model_quant: true"),
         (["model_quant=true", "infra.model_quant_scale_rule=static_6"], "packed.pt", "quantised by mse and the configuration says static_6"),
+        (["model_quant=true", "infra.model_quant_scale_rule=static_6"], "packed.safetensors", "quantised by mse and the configuration says static_6"),
+        (["model_quant=true", "infra.model_quant_scale_rule=mse", "model_quant_skip_first_blocks=1"], "packed.pt", "or skip no block"),
         (["model_quant=true", "model_quant_use_transformer_engine=true"], "packed.pt", "packed NVFP4 weights and model_quant_use_transformer_engine"),
         (["model_quant=true", "model_quant_use_transformer_engine=true"], "base.safetensors", "TransformerEngine is not installed"),
         (["model_quant=true", "model_quant_backend=native"], "base.safetensors", "no FP4 tensor cores"),

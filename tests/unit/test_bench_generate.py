@@ -46,7 +46,7 @@ def test_every_case_is_a_row(tmp_path):
     assert [(row["steps"], row["vae"]) for row in rows] == [(2, "wan"), (1, "wan"), (2, "none"), (1, "none")]
     for row in rows[:2]:
         assert ROW <= set(row) and row["denoise_fps"] > row["end_to_end_fps"] > 0 and set(row["interchunk_ms"]) == {"p50", "p95", "p99"}
-    assert "end_to_end_fps" not in rows[2] and rows[2]["denoise_fps"] > 0
+    assert ROW <= set(rows[2]) and rows[2]["end_to_end_fps"] is None and rows[2]["denoise_fps"] > 0
     assert any("end to end" in line for line in lines)
 
 
@@ -61,13 +61,13 @@ def test_a_case_that_fails_is_a_row(monkeypatch):
 
 def test_no_measurement_begins_late():
     (row,) = bench_generate(small(seconds=-1.0), None, lambda line: None, device=CPU)
-    assert "not begun" in row["failed"] and "denoise_fps" not in row
+    assert "not begun" in row["failed"] and ROW <= set(row) and row["denoise_fps"] is None
 
 
 def test_two_settings_in_turn(tmp_path):
     lines = []
     rows = bench_generate(small(steps=(4,), chunks=2), tmp_path / "compare.json", lines.append, device=CPU, compare=("vae=none", "vae=none,steps=1"))
-    assert [row["steps"] for row in rows] == [4, 1] and "times_first" in rows[1]
+    assert [row["steps"] for row in rows] == [4, 1] and "times_first" in rows[1] and all(ROW <= set(row) and row["decode"] == "inline" for row in rows)
     assert rows[1]["times_first"] == pytest.approx(rows[0]["interleaved_ms_per_chunk"] / rows[1]["interleaved_ms_per_chunk"])
     assert "times as fast as" in lines[-1]
 
@@ -81,6 +81,7 @@ def test_two_settings_in_turn(tmp_path):
         ({"width": None}, "belong together"),
         ({"window": 12}, "--window 12"),
         ({"steps": (0,)}, "at least 1"),
+        ({"layers": 0}, "at least one block"),
     ],
 )
 def test_what_cannot_run_is_refused(changes, words):
@@ -88,7 +89,7 @@ def test_what_cannot_run_is_refused(changes, words):
         bench_generate(small(**changes), None, lambda line: None, device=CPU)
 
 
-@pytest.mark.parametrize("words", ["speed=3", "steps", "steps=two", "steps="])
+@pytest.mark.parametrize("words", ["speed=3", "decode=inline", "steps", "steps=two", "steps="])
 def test_a_comparison_names_settings(words):
     with pytest.raises(InputError, match="is no setting"):
         bench_generate(small(), None, lambda line: None, device=CPU, compare=("", words))

@@ -27,6 +27,7 @@ def test_every_operation_of_a_block_has_a_floor(tmp_path):
     assert gate["of_floor"] == pytest.approx(gate["floor_microseconds"] / gate["microseconds"]) and gate["times_reference"] > 0
     assert by_name["gelu, fp8 rows"]["floor_microseconds"] == pytest.approx(1e6 * 5 * tokens * 1024 / rates["bytes_per_second"])  # a code for a float32
     assert "tflops" in by_name["q k v joined"] and "reference_microseconds" not in by_name["linear 256 -> 256"]
+    assert all(by_name[name]["reference_microseconds"] > 0 for name in ("fp8 rows", "gelu, fp8 rows", "norm, modulate, fp8 rows"))
 
 
 def test_the_operations_of_a_decode_are_the_decoder_s():
