@@ -6,6 +6,7 @@ Timed are whole optimizer steps of either player as `train.trainer.Loop` takes t
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -118,11 +119,10 @@ def _measured(settings: DistilSettings, ready, folder: Path, path: Path | None, 
                 torch.cuda.reset_peak_memory_stats(device)
             loop.state = RunState(step)  # its exit step, the same for both players
             taken.append(timed(lambda: loop.learn(number, player), device)[0])
-        seconds = ready.replicas.maximum(*sorted(taken[settings.warmup :]))
+        seconds = ready.replicas.maximum(*taken[settings.warmup :])
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
-        row = {"player": player.name, "seconds": seconds[len(seconds) // 2], "least": seconds[0], "peak_gib": ready.replicas.maximum(peak)[0]}
+        row = {"player": player.name, "seconds": statistics.median(seconds), "least": min(seconds), "peak_gib": ready.replicas.maximum(peak)[0]}
         record.finish(row)
         rows.append(row)
         report(f"{player.name:16s}{row['seconds']:10.3f}{row['least']:10.3f}{row['peak_gib']:10.2f}")
     return rows
-

@@ -94,8 +94,10 @@ class Evaluator:
         return self.config.evaluation.interval > 0 and step > 0 and step % self.config.evaluation.interval == 0
 
     def check(self) -> None:
-        """Raises, before a run rather than at its first evaluation, InputError where there are no prompts to make films of or no VAE to show them,
-        ConfigError where the device cannot decode as configured."""
+        """Before a run, rather than at its first evaluation.
+
+        Raises InputError where there are no prompts to make films of or no VAE to show them, ConfigError where the device cannot decode as configured.
+        """
         check_decode(self.config, self.device)
         self._plans()
         vae = training_vae(self.config, self.spec)
