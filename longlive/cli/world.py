@@ -28,7 +28,7 @@ def export(
     min_shots: Annotated[int, typer.Option("--min-shots", help="Least shots of a sample.")] = 1,
     max_shots: Annotated[int, typer.Option("--max-shots", help="Most shots of a sample.")] = 4,
     split: SplitOption = "train",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that already holds samples.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write where samples are; those of the same number are replaced.")] = False,
 ) -> None:
     """Write a training set in the documented layout: real videos at 24 frames per second, and captions."""
     import json
@@ -57,6 +57,9 @@ def export(
             for number, (shot, frames) in enumerate(zip(story.shots, story.shot_frames)):
                 _write_film(videos / f"{number}.mp4", frame_parameters(story, range(*frames)))
                 write_text(captions / f"{number}.json", json.dumps({"caption": shot.caption}, ensure_ascii=False) + "\n")
+            for old in (*videos.glob("*.mp4"), *captions.glob("*.json")):
+                if old.stem.isdecimal() and int(old.stem) >= len(story.shots):  # a shot of the sample that was here before
+                    old.unlink()
     except OSError as error:
         raise InputError(f"cannot write {directory} ({error.strerror}); give another folder") from None
     typer.echo(f"wrote {sum(len(s.shots) for s in stories)} shots of {clips} samples to {directory}")

@@ -15,7 +15,8 @@ from ..config import Config
 from ..config.show import config_table, config_yaml
 from ..config.yaml_io import read_yaml
 from ..core.errors import InputError
-from ..core.log import launch_rank, logger
+from ..core.log import environment, launch_rank, logger
+from ..engine.pipeline import present
 from ..parallel.data_parallel import Replicas
 from ..parallel.failure import together
 from ..parallel.mesh import Mesh
@@ -61,10 +62,16 @@ def loop_settings(config: Config, save: bool) -> LoopSettings:
 
 
 def training_device(name: str, local_rank: int) -> torch.device:
-    """`auto`: this process's GPU, else the CPU. Sets the process-wide switches that training speed depends on."""
+    """`auto`: this process's GPU, else the CPU; `cuda`: this process's GPU. Sets the process-wide switches that training speed depends on.
+
+    Raises InputError for a GPU that is not there, or that several processes of this host would share.
+    """
+    sharing = int(environment("LOCAL_WORLD_SIZE", "1"))
+    if name.startswith("cuda:") and sharing > 1:
+        raise InputError(f"inference.device({name}) is one GPU for {sharing} processes of this host; set it to auto, which gives each its own")
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = present(torch.device("cuda", local_rank) if name == "cuda" else torch.device(name), "inference.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

@@ -60,3 +60,12 @@ def test_a_film_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     assert run(app, ["world", "export", str(tmp_path), "--clips", "1", "--chunks", "4", "--max-shots", "1"]) == 130
     assert list(tmp_path.rglob("000000"))
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_sample_that_is_replaced_keeps_no_shot_of_the_old_story(tmp_path):
+    for name in ("video/000000/1.mp4", "caption/000000/1.json", "caption/000000/global.json", "video/000007/1.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert run(app, ["world", "export", str(tmp_path), "--clips", "1", "--chunks", "1", "--max-shots", "1", "--overwrite"]) == 0
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"video/000000/0.mp4", "caption/000000/0.json", "caption/000000/global.json", "video/000007/1.mp4"}
