@@ -28,7 +28,7 @@ def export(
     min_shots: Annotated[int, typer.Option("--min-shots", help="Least shots of a sample.")] = 1,
     max_shots: Annotated[int, typer.Option("--max-shots", help="Most shots of a sample.")] = 4,
     split: SplitOption = "train",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds samples; those of the same number are replaced.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write where samples are; those of the same number are replaced.")] = False,
 ) -> None:
     """Write a training set in the documented layout: real videos at 24 frames per second, and captions."""
     import json
