@@ -156,8 +156,7 @@ class _Bench:
         else:
             size = None if s.height is None else Geometry(s.height, s.width)
             self.networks = RandomNetworks(s.model, size, device, window=s.window, layers=s.layers)
-        found = surroundings(device, mesh.sp_size)
-        self.head = {"hardware": found.pop("device"), "commit": found.pop("commit"), "date": found.pop("date"), "versions": found}
+        self.head = surroundings(device, mesh.sp_size)
         for name, value in {**self.head, **asdict(settings)}.items():
             self.report(f"{name:12s} {value}")
 
