@@ -208,7 +208,9 @@ class _Bench:
         shape |= {"window": frames, "chunks": s.chunks}
         model = {"model": pipeline.spec.name, "weights": "random" if s.config is None else str(s.config), "decode": pipeline.decode_kind}
         model |= {"group": s.group, "tile_rows": s.tile_rows, "graphs": s.graphs, "attention": pipeline.settings.attention}
-        self.rows.append({**model, **key, **shape, **dict.fromkeys(MEASURED), **values, **self.head})
+        vae, plus, _ = key["vae"].partition("+")  # "wan+fp8" names a codec of the command line
+        named = {**key, "vae": vae, "vae_fp8": bool(plus)}
+        self.rows.append({**model, **named, **shape, **dict.fromkeys(MEASURED), **values, **self.head})
         self._write()
         self.report(f"{key['precision']}, {key['steps']} steps, {key['vae']}: {_row_words(self.rows[-1])}")
 
