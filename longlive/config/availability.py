@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..core.errors import NotAvailable
+from ..core.log import warn_once
 from .root import Config
+from .switches import without_switch
 
 GENERATE, TRAIN = "generate", "train"
 # what only trainer score_distillation reads, section -> key -> value of no effect
@@ -19,10 +21,12 @@ DISTILLATION_ONLY = {
 
 
 def availability(config: Config, purpose: str) -> None:
-    """Raises NotAvailable for the first setting of `config` that `purpose` ("generate" or "train") cannot serve."""
+    """Raises NotAvailable for the first setting of `config` that `purpose` ("generate" or "train") cannot serve; warns of those that it does not read."""
     for used, feature, remedy in _generate(config) if purpose == GENERATE else _train(config):
         if used:
             raise NotAvailable(feature, remedy)
+    for line in without_switch(config, training=purpose == TRAIN):
+        warn_once(line)
 
 
 def _generate(c: Config):
