@@ -78,7 +78,7 @@ class GenerateSettings:
             precision(name)
         for name in self.vaes:
             if name != NO_VAE:
-                vae_kind(name)
+                vae_kind(name, NO_VAE)
         if self.attention not in ("auto", *KERNELS):
             raise InputError(f"--attention {self.attention!r} is none of auto, {', '.join(KERNELS)}")
         if self.graphs not in GRAPHS:

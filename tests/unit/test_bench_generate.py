@@ -83,7 +83,8 @@ def test_two_settings_in_turn(tmp_path):
     "changes, words",
     [
         ({"precisions": ("fp3",)}, "'fp3' is none of"),
-        ({"vaes": ("wam",)}, "unknown vae_type 'wam'"),
+        ({"vaes": ("wam",)}, r"--vae 'wam' is none of wan, lightvae_v1, lightvae_v2, alone or with \+fp8, or none"),
+        ({"vaes": ("wan+fp4",)}, r"--vae 'wan\+fp4' is none of wan, lightvae_v1"),
         ({"decode": "other-device"}, "inline, same-stream, side-stream"),
         ({"width": None}, "belong together"),
         ({"window": 12}, "--window 12"),
