@@ -128,12 +128,12 @@ def bench_attention(settings: AttentionSettings, path: Path | None, report: Call
         torch.set_float32_matmul_precision("highest")  # the reference is float32
     head = {
         "benchmark": "ops attention",
-        "surroundings": surroundings(device, 1),
         "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in vars(settings).items()},
         "timed": "attention on rotated q, k, v: forward without gradients; forward with backward to dq, dk, dv; medians, ways in turn",
     }
-    record = Record(path, head)
-    for name, value in {**head["surroundings"], **head["settings"], "timed": head["timed"]}.items():
+    where = surroundings(device, 1)
+    record = Record(path, {**head, **where})
+    for name, value in {**where, **head["settings"], "timed": head["timed"]}.items():
         report(f"{name:18s} {value}")
     compiled = device.type == "cuda"
     record.start({"errors_against_float32": True})
@@ -145,7 +145,7 @@ def bench_attention(settings: AttentionSettings, path: Path | None, report: Call
     for chunks in settings.chunks:
         record.start({"chunks": chunks})
         record.finish(_case(settings, chunks, device, compiled, report))
-    return record.cases
+    return record.rows
 
 
 def _tried(work: Callable[[], dict]) -> dict:

@@ -105,8 +105,9 @@ def bench_distil(settings: DistilSettings, path: Path | None, report: Callable[[
 
 def _measured(settings: DistilSettings, ready, folder: Path, path: Path | None, report: Callable[[str], None]) -> list[dict]:
     task, config, device = ready.task, ready.config, ready.device
-    how = {"config": config_table(config, changed=True), "estimate_gib": round(task.memory.peak / GIB, 2), "dp": ready.mesh.dp_size, "sp": ready.mesh.sp_size}
-    record = Record(path, {**surroundings(device, ready.mesh.size), **how}, writes=ready.replicas.rank == 0)
+    head = {"benchmark": "distil", "config": config_table(config, changed=True), "estimate_gib": round(task.memory.peak / GIB, 2)}
+    head |= {"dp": ready.mesh.dp_size, "sp": ready.mesh.sp_size, **surroundings(device, ready.mesh.size)}
+    record = Record(path, head, writes=ready.replicas.rank == 0)
     how = {"config": {}, "replicas": ready.replicas, "stream": ready.mesh.dp_rank, "auto_resume": False}
     loop = Loop(task, loop_settings(config, save=False), folder, **how)
     rows = []

@@ -77,15 +77,16 @@ def bench_fused(settings: FusedSettings, path: Path | None, report: Callable[[st
     tokens = CHUNK_FRAMES * size.frame_tokens
     rates = device_rates(device)
     timed_what = "one call, on a GPU from a recorded graph; median of the repeats, each of enough calls; inputs rotate among three sets"
-    head = {"benchmark": "ops fused", "surroundings": surroundings(device, 1), "settings": vars(settings), "rates": rates, "timed": timed_what}
-    record = Record(path, head)
-    for name, value in {**head["surroundings"], **rates, "tokens": tokens}.items():
+    head = {"benchmark": "ops fused", "settings": vars(settings), "rates": rates, "timed": timed_what}
+    where = surroundings(device, 1)
+    record = Record(path, {**head, **where})
+    for name, value in {**where, **rates, "tokens": tokens}.items():
         report(f"{name:18s} {value}")
     for case in [*cases(spec.dit, settings.text, device), *row_cases(spec.dit, device), *library_cases(spec.dit, settings, device)]:
         record.start({"operation": case.name})
         record.finish(_measure(case, tokens, device, rates, settings.repeats))
-        report(_line(record.cases[-1]))
-    return record.cases
+        report(_line(record.rows[-1]))
+    return record.rows
 
 
 def device_rates(device: torch.device) -> dict[str, float]:

@@ -78,7 +78,7 @@ class GenerateSettings:
             precision(name)
         for name in self.vaes:
             if name != NO_VAE:
-                vae_kind(name)
+                vae_kind(name, NO_VAE)
         if self.attention not in ("auto", *KERNELS):
             raise InputError(f"--attention {self.attention!r} is none of auto, {', '.join(KERNELS)}")
         if self.graphs not in GRAPHS:
@@ -156,8 +156,7 @@ class _Bench:
         else:
             size = None if s.height is None else Geometry(s.height, s.width)
             self.networks = RandomNetworks(s.model, size, device, window=s.window, layers=s.layers)
-        found = surroundings(device, mesh.sp_size)
-        self.head = {"hardware": found.pop("device"), "commit": found.pop("commit"), "date": found.pop("date"), "versions": found}
+        self.head = surroundings(device, mesh.sp_size)
         for name, value in {**self.head, **asdict(settings)}.items():
             self.report(f"{name:12s} {value}")
 
@@ -209,7 +208,9 @@ class _Bench:
         shape |= {"window": frames, "chunks": s.chunks}
         model = {"model": pipeline.spec.name, "weights": "random" if s.config is None else str(s.config), "decode": pipeline.decode_kind}
         model |= {"group": s.group, "tile_rows": s.tile_rows, "graphs": s.graphs, "attention": pipeline.settings.attention}
-        self.rows.append({**model, **key, **shape, **dict.fromkeys(MEASURED), **values, **self.head})
+        vae, plus, _ = key["vae"].partition("+")  # "wan+fp8" names a codec of the command line
+        named = {**key, "vae": vae, "vae_fp8": bool(plus)}
+        self.rows.append({**model, **named, **shape, **dict.fromkeys(MEASURED), **values, **self.head})
         self._write()
         self.report(f"{key['precision']}, {key['steps']} steps, {key['vae']}: {_row_words(self.rows[-1])}")
 

@@ -33,7 +33,7 @@ from ..precision.backends import EMULATED, FP8, NATIVE, W4A8, W4A16, choose
 from ..precision.capability import probe
 from ..precision.converter import LinearConverter, Selection
 
-VAE_NAMES = {"lightvae_v1": "mg_lightvae", "lightvae_v2": "mg_lightvae_v2"}  # short names -> values of `vae_type`
+VAE_NAMES = {"wan": "wan", "lightvae_v1": "mg_lightvae", "lightvae_v2": "mg_lightvae_v2"}  # short names -> values of `vae_type`
 SHARE = 0.02  # spread of the random weights of the generator
 
 
@@ -79,14 +79,12 @@ def precision(name: str) -> Precision:
     return replace(found, kv=kv, overrides=(*found.overrides, "inference.kv_quant=true", f"inference.kv_quant_format={kv}")) if plus else found
 
 
-def vae_kind(name: str) -> tuple[str, bool]:
-    """(the value of `vae_type` behind `name`, whether its decoder is in FP8: "wan+fp8"). Raises InputError for a name of none."""
+def vae_kind(name: str, *others: str) -> tuple[str, bool]:
+    """(the value of `vae_type` behind `name`, whether its decoder is in FP8: "wan+fp8"). Raises InputError that lists the names, and `others` of the caller."""
     kind, plus, format = name.partition("+")
-    if plus and format != FP8:
-        raise InputError(f"--vae {name!r}: the decoder is as it is, or in fp8 ({kind}+fp8)")
-    kind = VAE_NAMES.get(kind, kind)
-    vae_type(kind)
-    return kind, bool(plus)
+    if kind not in VAE_NAMES or (plus and format != FP8):
+        raise InputError(f"--vae {name!r} is none of {', '.join(VAE_NAMES)}, alone or with +{FP8}{''.join(f', or {other}' for other in others)}")
+    return VAE_NAMES[kind], bool(plus)
 
 
 class RandomWords:

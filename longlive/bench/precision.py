@@ -176,9 +176,10 @@ def bench_precision(settings: PrecisionSettings, path: Path | None, report: Call
         torch.set_float32_matmul_precision("highest")  # the reference is float32
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(settings).items()}
     timed_what = "one forward of a steady chunk; medians, ways in turn"
-    head = {"benchmark": "precision", "surroundings": surroundings(device, 1), "settings": values, "timed": timed_what}
-    record = Record(path, head)
-    for name, value in {**head["surroundings"], **values}.items():
+    head = {"benchmark": "precision", "settings": values, "timed": timed_what}
+    where = surroundings(device, 1)
+    record = Record(path, {**head, **where})
+    for name, value in {**where, **values}.items():
         report(f"{name:18s} {value}")
     scene = Scene(settings, device)
     bench = _Bench(scene, record, report)
@@ -187,7 +188,7 @@ def bench_precision(settings: PrecisionSettings, path: Path | None, report: Call
     bench.stores()
     if settings.parts:
         bench.parts()
-    return record.cases
+    return record.rows
 
 
 class _Bench:

@@ -131,13 +131,13 @@ class _Bench:
         self.votes = dist.new_group(backend="gloo") if replicas.size > 1 else None
         head = {
             "benchmark": "train",
-            "surroundings": surroundings(self.device, replicas.size),
             "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in vars(settings).items()},
             "timed": "noise, targets, forward, loss, backward, clipping, AdamW, moving average; median over steps of the slowest rank",
             "peak_flops": PEAK,
         }
-        self.record = Record(path, head, resume=resume, writes=replicas.rank == 0)
-        for name, value in {**head["surroundings"], **head["settings"], "timed": head["timed"]}.items():
+        where = surroundings(self.device, replicas.size)
+        self.record = Record(path, {**head, **where}, resume=resume, writes=replicas.rank == 0)
+        for name, value in {**where, **head["settings"], "timed": head["timed"]}.items():
             self.report(f"{name:18s} {value}")
 
     def run(self) -> list[dict]:
@@ -149,9 +149,9 @@ class _Bench:
                     if self._case(key, began) != OUT_OF_MEMORY:
                         break
         self.report("all cases:")
-        for entry in self.record.cases:
+        for entry in self.record.rows:
             self.report(f"{_name(entry)}: {_line(entry)}")
-        return self.record.cases
+        return self.record.rows
 
     def _tries(self) -> list[tuple[int, int, int]]:
         """(layers, keep_reads, keep_blocks), less memory each time."""
@@ -182,7 +182,7 @@ class _Bench:
 
     def _status(self, key: dict) -> str:
         """How the recorded case ended, on every rank: one that never finished is taken for one without memory."""
-        ended = self.replicas.rank == 0 and any(entry["status"] == "done" for entry in self.record.cases if key.items() <= entry.items())
+        ended = self.replicas.rank == 0 and any(entry["status"] == "done" for entry in self.record.rows if key.items() <= entry.items())
         return "done" if self.replicas.maximum(float(ended))[0] else OUT_OF_MEMORY
 
     def _attempt(self, key: dict) -> dict:

@@ -107,9 +107,10 @@ def bench_vae(settings: VaeSettings, path: Path | None, report: Callable[[str], 
     size = None if settings.height is None or settings.width is None else Geometry(settings.height, settings.width)
     networks = RandomNetworks(settings.model, size, device)
     rates = device_rates(device)
-    head = {"benchmark": "ops vae", "surroundings": surroundings(device, 1), "settings": {k: str(v) for k, v in vars(settings).items()}, "rates": rates}
-    record = Record(path, head)
-    for name, value in {**head["surroundings"], **rates, "height": networks.geometry.height, "width": networks.geometry.width}.items():
+    head = {"benchmark": "ops vae", "settings": {k: str(v) for k, v in vars(settings).items()}, "rates": rates}
+    where = surroundings(device, 1)
+    record = Record(path, {**head, **where})
+    for name, value in {**where, **rates, "height": networks.geometry.height, "width": networks.geometry.width}.items():
         report(f"{name:18s} {value}")
     for vae in settings.vaes:
         for group in settings.groups:
@@ -117,8 +118,8 @@ def bench_vae(settings: VaeSettings, path: Path | None, report: Callable[[str], 
                 record.start({"vae": vae, "group": group, "tile_rows": settings.tile_rows, "cudnn_benchmark": measured})
                 with torch.backends.cudnn.flags(enabled=True, benchmark=measured, deterministic=False, allow_tf32=True):
                     record.finish(_decode(networks, (vae, group, settings.tile_rows), settings.repeats, rates, report))
-                report(_words(record.cases[-1]))
-    return record.cases
+                report(_words(record.rows[-1]))
+    return record.rows
 
 
 def _decode(networks: RandomNetworks, choice: tuple[str, int, int], repeats: int, rates: dict[str, float], report: Callable[[str], None]) -> dict:

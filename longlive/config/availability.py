@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from ..core.errors import NotAvailable
+from ..core.errors import ConfigError, NotAvailable
+from ..core.log import warn_once
 from .root import Config
+from .switches import without_switch
 
 GENERATE, TRAIN = "generate", "train"
+NO_COMPILER = {
+    GENERATE: "torch_compile: true is refused: the generator's kernels are fused by hand already, and a compiler would tune for minutes "
+    "(docs/performance.md); set it to false, or to auto, which compiles nothing",
+    TRAIN: "torch_compile: true is refused: it is a setting of generation, and training.compile: true compiles the blocks; set it to false or auto",
+}
 # what only trainer score_distillation reads, section -> key -> value of no effect
 DISTILLATION_ONLY = {
     "checkpoints": {"real_score_ckpt": None, "fake_score_ckpt": None},
@@ -19,15 +26,17 @@ DISTILLATION_ONLY = {
 
 
 def availability(config: Config, purpose: str) -> None:
-    """Raises NotAvailable for the first setting of `config` that `purpose` ("generate" or "train") cannot serve."""
-    for used, feature, remedy in _generate(config) if purpose == GENERATE else _train(config):
+    """Raises NotAvailable for the first setting of `config` that `purpose` ("generate" or "train") cannot serve; warns of those that it does not read.
+
+    Raises ConfigError for `torch_compile: true`, which neither is meant to serve.
+    """
+    if config.torch_compile is True:
+        raise ConfigError(NO_COMPILER[purpose])
+    for used, feature, remedy in _train(config) if purpose == TRAIN else ():
         if used:
             raise NotAvailable(feature, remedy)
-
-
-def _generate(c: Config):
-    reason = "torch_compile: true (the generator's kernels are fused by hand, inference.cuda_graphs records them, and a compiler would tune for minutes)"
-    yield c.torch_compile is True, reason, "set it to false, or to auto, which compiles nothing"
+    for line in without_switch(config, training=purpose == TRAIN):
+        warn_once(line)
 
 
 def _train(c: Config):
@@ -44,7 +53,6 @@ def _train(c: Config):
             yield value not in (plain, None), f"distillation ({section}.{name}: {value}) of trainer {kind}", "remove it"
     low = (c.infra.model_quant or c.fp8_quant) and kind in ("vae", "judge")
     yield low, f"low precision (model_quant, fp8_quant) of trainer {kind}", "set both to false"
-    yield c.torch_compile is True, "torch_compile: true in training", "set it to false or auto; training.compile: true compiles the blocks"
     if kind == "diffusion":
         yield not c.algorithm.teacher_forcing, "training without teacher forcing (algorithm.teacher_forcing: false)", "set it to true"
         yield not c.algorithm.causal, "training a bidirectional generator (algorithm.causal: false)", "set it to true"

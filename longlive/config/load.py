@@ -202,7 +202,9 @@ def _first_problem(error: ValidationError, layered: Given, label: str) -> str:
         close = nearest(rest[-1], VAEStage.model_fields)
         return f"{prefix}: unknown key {'.'.join(location)}{f'; did you mean {close}?' if close else ''}"
     shown = problem["input"] if rest else layered.get(key, (problem["input"],))[0]
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"][0].lower() + problem["msg"][1:].replace("a valid boolean", "true or false")
+    same = [other for other in error.errors()[1:] if other["type"] == "literal_error" and ".".join(map(str, other["loc"])).startswith(f"{key}.")]
+    message = ", or ".join([message, *(other["ctx"]["expected"] for other in same)])
     if problem["type"] == "missing" and rest and rest[-1].isdigit():
         shown, message = layered[key][0], f"entry number {int(rest[-1]) + 1} is missing; give all of them, as `longlive config schema` shows"
     return f"{prefix}: {key} = {shown!r}: {message.replace('input should', 'it should')}"

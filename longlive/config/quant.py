@@ -12,6 +12,7 @@ from pydantic import create_model
 from .section import Section, option
 
 ScaleRule = Literal["static_6", "static_4", "mse", "mae", "abs_max"]
+PackedBackend = Literal["w4a8", "w4a16", "native", "emulated", "cutlass", "pytorch"]  # the last two: published names of native and emulated
 
 
 def quant_fields(prefix: str, *, inherits: bool) -> dict:
@@ -29,7 +30,7 @@ def quant_fields(prefix: str, *, inherits: bool) -> dict:
 
 
 class _Backend(Section):
-    model_quant_backend: str | None = option(None, "how NVFP4 weights are computed: native, emulated, w4a8, w4a16; null = the best this machine has")
+    model_quant_backend: PackedBackend | None = option(None, "how NVFP4 weights are computed; null = the best this machine has")
     model_quant_skip_first_blocks: int = option(0, "transformer blocks at the start that stay in bf16", ge=0)
     model_quant_skip_last_blocks: int = option(0, "transformer blocks at the end that stay in bf16", ge=0)
     model_quant_use_transformer_engine: bool = option(False, "quantise merged bf16 weights at run time with TransformerEngine")

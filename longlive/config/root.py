@@ -38,7 +38,7 @@ class Config(Section):
     save_latents_only: bool = option(False, "write latents instead of videos")
     merge_lora: bool = option(False, "merge the LoRA into the weights before running")
     fp8_quant: bool = option(False, "FP8 weights and activations; the layers are chosen by the model_quant lists")
-    fp8_backend: str | None = option(None, "how FP8 is computed: fp8, torchao; null = fp8")
+    fp8_backend: Literal["fp8", "torchao"] | None = option(None, "how FP8 is computed; null = fp8")
     torch_compile: bool | Literal["auto"] = option(False, "auto and false: nothing is compiled, kernels are fused by hand; true is refused in generation")
     torch_compile_min_samples: int = option(2, "auto: least number of films", ge=0)
     torch_compile_target: str = option("generator_model", "what is compiled")

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.files import share
 from ..core.log import logger
 from .prompts import read_caption
 from .videos import clip_order, is_video, probe
@@ -201,7 +202,7 @@ def _write_cache(place: Path, entries: dict[str, dict], must: bool) -> None:
         with tempfile.NamedTemporaryFile("w", dir=place.parent, prefix=place.name, suffix=".tmp", delete=False, encoding="utf-8") as file:
             temporary = file.name
             json.dump({"version": VERSION, "clips": entries}, file)
-        os.chmod(temporary, 0o644)
+        share(Path(temporary))
         os.replace(temporary, place)
     except OSError as error:
         if temporary is not None:

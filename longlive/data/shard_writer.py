@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import InputError
+from ..core.files import share
 from ..models.codec import VideoCodec
 from .encoding import encode_frames
 from .shards import FORMAT, INDEX, ShardIndex, prompt_key, stored_exactly
@@ -191,7 +192,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, str(partial), {FORMAT: json.dumps(metadata)})
-        partial.chmod(0o644)  # the library makes files that only their owner may read
+        share(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path} ({error}); free some space or give another folder") from None

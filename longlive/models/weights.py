@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.errors import CheckpointError, ConfigError, InputError
+from ..core.files import share
 from . import keymaps
 from .files import locate, open_file, release
 
@@ -213,6 +214,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(partial), words)
+        share(partial)
         os.replace(partial, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}); check the folder and the free space") from None

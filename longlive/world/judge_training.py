@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ..core.files import share
 from ..core.log import logger
 from .draw import Draw
 from .judge_net import HEADS, SAMPLES, JudgeNet, look, sample_times, SPAN
@@ -96,6 +97,7 @@ def save_judge(net: JudgeNet, path: Path, metadata: dict[str, str]) -> None:
 
     temporary = path.with_name(path.name + ".tmp")
     save_file({name: value.detach().half().cpu().contiguous() for name, value in net.state_dict().items()}, str(temporary), metadata)
+    share(temporary)
     os.replace(temporary, path)
 
 

@@ -117,7 +117,6 @@ def test_a_quantised_file_is_the_model_quantised_at_load(files, file):
         (["model_quant=true", "model_quant_use_transformer_engine=true"], "packed.pt", "packed NVFP4 weights and model_quant_use_transformer_engine"),
         (["model_quant=true", "model_quant_use_transformer_engine=true"], "base.safetensors", "TransformerEngine is not installed"),
         (["model_quant=true", "model_quant_backend=native"], "base.safetensors", "no FP4 tensor cores"),
-        (["model_quant=true", "model_quant_backend=cuda"], "base.safetensors", "none of w4a8, w4a16, native, emulated"),
         (["fp8_quant=true", "fp8_backend=torchao"], "base.safetensors", "torchao"),
         (["model_quant=true", "model_quant_filtered_modules=[blocks.0.ffn.1000]"], "base.safetensors", "no module of the model"),
         (["model_quant=true", f"model_quant_skip_first_blocks={SPEC.dit.layers}"], "base.safetensors", "no linear layer is left"),

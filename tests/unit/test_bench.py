@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from longlive.bench import attention as attention_bench
 from longlive.bench import train as train_bench
 from longlive.bench.flops import attention_flops, training_flops, utilisation, visible_pairs
-from longlive.bench.record import STARTED, Record
+from longlive.bench.record import STARTED, Record, surroundings
 from longlive.bench.timing import kind_of
 from longlive.bench.train import TrainSettings, bench_train
 from longlive.core.errors import InputError
@@ -82,7 +82,7 @@ def test_attention_is_compared_and_a_way_that_fails_is_an_entry(tmp_path):
     lines, path = [], tmp_path / "attention.json"
     settings = attention_bench.AttentionSettings(chunks=(2,), chunk_tokens=128, heads=1, head_dim=8, repeats=1)
     attention_bench.bench_attention(settings, path, lines.append)
-    errors, case = json.loads(path.read_text())["cases"]
+    errors, case = json.loads(path.read_text())
     assert all(error < 1e-5 for name in ("merged", "plain") for error in errors["errors"][name].values())
     assert "CPU" in case["ways"]["flex"]["failed"]  # FlexAttention has no backward there
     assert case["visible_pairs"] == 2 * 3 * 128**2 and case["ways"]["merged"]["forward_backward_seconds"] > 0
@@ -101,7 +101,7 @@ def test_a_step_is_measured(tmp_path, recompute):
     assert entry["status"] == "done" and entry["flops_per_step"] == flops
     assert entry["utilisation"] == pytest.approx(flops / entry["seconds_per_step"] / 989e12)
     assert entry["tokens_per_second"] == pytest.approx(2 * 8 * 60 / entry["seconds_per_step"])
-    assert json.loads(path.read_text())["cases"] == [entry] and any("s/step" in line for line in lines)
+    assert json.loads(path.read_text()) == [entry] and any("s/step" in line for line in lines)
 
 
 def test_a_case_without_memory_is_recorded_and_tried_with_fewer_layers(tmp_path, monkeypatch):
@@ -137,14 +137,31 @@ def test_no_case_begins_late():
 
 def test_a_record_shows_what_was_begun(tmp_path):
     path = tmp_path / "record.json"
-    record = Record(path, {"benchmark": "x"})
+    head = {"benchmark": "x", **surroundings(torch.device("cpu"), 1)}
+    record = Record(path, head)
     record.start({"frames": 8})
-    assert json.loads(path.read_text())["cases"] == [{"frames": 8, "status": STARTED}]
-    again = Record(path, {"benchmark": "x"}, resume=True)
+    assert json.loads(path.read_text()) == [{"frames": 8, "status": STARTED, **head}]
+    record.finish({"seconds": 2.0})
+    row = {"frames": 8, "status": "done", "seconds": 2.0, **head}
+    again = Record(path, {"benchmark": "x", "date": "later"}, resume=True)
     assert again.done({"frames": 8}) and not again.done({"frames": 16})
-    path.write_text("[]")
-    with pytest.raises(InputError, match="not a record"):
-        Record(path, {}, resume=True)
+    again.start({"frames": 16})
+    assert json.loads(path.read_text()) == [row, {"frames": 16, "status": STARTED, "benchmark": "x", "date": "later"}]
+
+
+def test_a_row_names_what_it_ran_on():
+    found = surroundings(torch.device("cpu"), 2)
+    assert set(found) == {"hardware", "commit", "date", "versions"} and found["hardware"].startswith("cpu")
+    assert found["versions"]["torch"] == torch.__version__ and found["versions"]["processes"] == 2
+
+
+@pytest.mark.parametrize("content", ["{", "1", "[1]", '{"benchmark": "x", "cases": []}', '[{"benchmark": "y", "status": "done"}]', '[{"benchmark": "x"}]'])
+def test_what_is_no_record_is_not_resumed(tmp_path, content):
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="not a record of bench x") as refused:
+        Record(path, {"benchmark": "x"}, resume=True)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from longlive.cli.app import app
 from longlive.core.errors import InputError
 
 ROW = {
-    "precision", "steps", "vae", "gpus", "width", "height", "window", "chunks", "denoise_fps", "decode_ms_per_chunk", "end_to_end_fps", "ttff_s",
+    "precision", "steps", "vae", "vae_fp8", "gpus", "width", "height", "window", "chunks", "denoise_fps", "decode_ms_per_chunk", "end_to_end_fps", "ttff_s",
     "interchunk_ms", "deadline_attainment", "real_time_factor", "peak_gib", "warmup_s", "hardware", "versions", "commit",
 }  # fmt: skip
 CPU = torch.device("cpu")
@@ -50,6 +50,13 @@ def test_every_case_is_a_row(tmp_path):
     assert any("end to end" in line for line in lines)
 
 
+def test_a_row_names_the_codec_and_whether_it_is_in_fp8(tmp_path):
+    lines = []
+    choices = ("vae=none", "steps=1,vae=wan+fp8")
+    rows = bench_generate(small(), tmp_path / "rows.json", lines.append, device=CPU, compare=choices)
+    assert [(row["vae"], row["vae_fp8"]) for row in rows] == [("none", False), ("wan", True)] and any("wan+fp8" in line for line in lines)
+
+
 def test_a_case_that_fails_is_a_row(monkeypatch):
     def broken(pipeline):
         raise RuntimeError("no such algorithm\nmore words")
@@ -76,7 +83,8 @@ def test_two_settings_in_turn(tmp_path):
     "changes, words",
     [
         ({"precisions": ("fp3",)}, "'fp3' is none of"),
-        ({"vaes": ("wam",)}, "unknown vae_type 'wam'"),
+        ({"vaes": ("wam",)}, r"--vae 'wam' is none of wan, lightvae_v1, lightvae_v2, alone or with \+fp8, or none"),
+        ({"vaes": ("wan+fp4",)}, r"--vae 'wan\+fp4' is none of wan, lightvae_v1"),
         ({"decode": "other-device"}, "inline, same-stream, side-stream"),
         ({"width": None}, "belong together"),
         ({"window": 12}, "--window 12"),

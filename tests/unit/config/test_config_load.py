@@ -104,6 +104,9 @@ def test_unknown_keys_name_the_file_the_key_and_the_nearest(tmp_path, text, key,
         ("model_kwargs: {rope_method: yarn}", ["model_kwargs.rope_method"]),
         ("model_kwargs: {model_name: Wan2.2-TI2V-5}", ["unknown model", "wan2.2-ti2v-5b"]),
         ("inference: 4", ["inference is a section"]),
+        ("torch_compile: maybe", ["torch_compile = 'maybe'", "it should be true or false, or 'auto'"]),
+        ("inference: {cuda_graphs: 1}", ["inference.cuda_graphs = 1", "it should be true or false, or 'auto'"]),
+        ("evaluation: {num_frames: [8, x]}", ["evaluation.num_frames"]),
         ("- a\n- b", ["list"]),
         ("a: [1", [":1:", "not valid YAML"]),
         ("i2v: true\n\ni2v: false", [":3:", "twice"]),
@@ -281,12 +284,10 @@ def test_what_is_not_available_says_so():
         ({"trainer": "vae", "model_quant": True}, "train"),
         ({"trainer": "vae", "fp8_quant": True}, "train"),
         ({"adapter": {}}, "train"),
-        ({"torch_compile": True}, "generate"),
         ({"trainer": "vae", "adapter": {"rank": 4}}, "train"),
         ({"trainer": "vae", "training": {"error_recycling": {"enabled": True}}}, "train"),
         ({**CHUNK8, "trainer": "vae", "infra": {"sequence_parallel_size": 2}}, "train"),
         ({**FORCED, "real_score_quant": True}, "train"),
-        ({**FORCED, "torch_compile": True}, "train"),
         ({**FORCED, "causal": False}, "train"),
         ({**FORCED, "num_train_timestep": 500}, "train"),
         ({"teacher_forcing": False}, "train"),
@@ -297,6 +298,13 @@ def test_what_is_not_available_says_so():
     availability(default_config(), "generate")
     availability(load_config({**CHUNK8, "sp_size": 2}), "generate")
     availability(load_config(FORCED), "train")
+
+
+def test_a_compiler_is_refused_with_the_reason():
+    for source, purpose, reason in (({}, "generate", "fused by hand already"), (FORCED, "train", "training.compile: true compiles the blocks")):
+        with pytest.raises(ConfigError, match=reason) as error:
+            availability(load_config({**source, "torch_compile": True}), purpose)
+        assert "not available yet" not in str(error.value) and "; set it to false" in str(error.value)
 
 
 @pytest.mark.parametrize("trainer", ["diffusion", "vae"])
