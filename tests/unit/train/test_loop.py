@@ -3,6 +3,8 @@
 import copy
 import gc
 import json
+import random
+from contextlib import suppress
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from longlive.train.garbage import Garbage
 from longlive.train.muon import muon
 from longlive.train.players import Role
 from longlive.train.optim import adamw, guarded_step
-from longlive.train.state import optimizer_tensors, parts
+from longlive.train.state import optimizer_tensors, parts, untouched
 from longlive.train.trainer import Loop, LoopSettings
 
 RATES = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -173,6 +175,29 @@ def test_too_many_in_a_row_end_the_run_before_the_next_step_counts(tmp_path, mon
     honest = Task()
     loop(tmp_path / "two", honest, max_steps=2).fit()
     assert all(torch.equal(p, q) for p, q in zip(task.module.parameters(), honest.module.parameters()))
+
+
+@pytest.mark.parametrize("ends", ["well", "with an error"])
+def test_what_runs_untouched_changes_neither_random_numbers_nor_modes(ends):
+    module, benchmark = network(), torch.backends.cudnn.benchmark
+    module.blocks[1].eval()
+
+    def drawn():
+        return torch.rand(3).tolist(), random.random()
+
+    def modes():
+        return [part.training for part in module.modules()]
+
+    state, before = (torch.get_rng_state(), random.getstate()), modes()
+    expected = drawn()
+    torch.set_rng_state(state[0]), random.setstate(state[1])
+    with suppress(ZeroDivisionError), untouched(module, torch.device("cpu")):
+        assert drawn() == expected and not torch.is_grad_enabled()
+        module.eval()
+        torch.backends.cudnn.benchmark = not benchmark
+        assert ends == "well" or 1 / 0
+    assert drawn() == expected and modes() == before and len(set(before)) == 2
+    assert torch.is_grad_enabled() and torch.backends.cudnn.benchmark == benchmark
 
 
 def test_garbage_is_collected_every_so_many_steps_and_as_usual_afterwards(tmp_path, monkeypatch):
