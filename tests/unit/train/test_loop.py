@@ -153,6 +153,16 @@ def test_a_refused_player_does_not_cost_the_other_its_average(tmp_path):
     assert not all(torch.equal(a, b) for a, b in zip(sound.other.parameters(), refused.other.parameters()))
 
 
+def test_a_report_leaves_out_what_was_not_measured_and_never_a_loss(tmp_path, caplog):
+    task = Task({0})
+    loss = task.loss
+    task.loss = lambda batch: (loss(batch)[0], {"loss_0": torch.tensor(float("nan")), "loss_1": torch.tensor(0.5)})
+    with caplog.at_level("INFO"):
+        loop(tmp_path, task, max_steps=1).fit()
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step 1  ")]
+    assert "loss_0" not in line and "loss_1 0.5" in line and "loss nan" in line and "grad_norm nan" in line
+
+
 def test_the_host_reads_a_steps_flag_when_the_next_one_is_on_its_way(tmp_path, monkeypatch):
     task = Task()
 
