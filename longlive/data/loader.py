@@ -23,6 +23,8 @@ from ..core.log import logger
 from .samples import Broken, VideoBatch, collate
 from .sources import Source, few
 
+REPAIR = "repair or remove them (`longlive data check ROOT --decode` finds all)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSettings:
@@ -67,7 +69,7 @@ class _Numbers:
 class BatchLoader:
     """An endless iterator of `VideoBatch`. `position` is its whole state: give it to another loader and that one goes on.
 
-    Raises InputError from `next` when more than `source.max_broken` different clips could not be read, naming them.
+    Raises InputError from `next` when more than `source.max_broken` different clips could not be read, or nothing stood in for one, naming them.
     """
 
     def __init__(self, source: Source, settings: LoaderSettings, *, stream: int = 0, streams: int = 1, position: int = 0):
@@ -105,8 +107,8 @@ class BatchLoader:
                 remedy = f"lower data.num_workers({settings.workers}) or data.prefetch_factor({settings.prefetch}), or give it more (shared) memory"
                 raise InputError(f"a data worker was killed, most likely for memory; {remedy}") from error
         if not isinstance(batch, VideoBatch):
-            self._note(batch)
-            raise InputError(f"{len(batch)} clips in a row could not be read: {_named({b.file: b.reason for b in batch})}; {_remedy(self.source)}")
+            self._count(batch)
+            raise self._nothing_read()
         self._note(batch.broken)
         self.position += settings.batch * self.streams
         return batch
@@ -116,13 +118,27 @@ class BatchLoader:
         self._batches = None
 
     def _note(self, broken: tuple[Broken, ...]) -> None:
+        """Names and counts clips that other folders stood in for."""
+        self._count(broken)
+        if len(self.broken) > self.source.max_broken:
+            raise InputError(f"{len(self.broken)} clips are broken: {_named(self.broken)}; {REPAIR}{self._or_raise}")
+
+    def _count(self, broken: tuple[Broken, ...]) -> None:
         for clip in broken:
             if clip.file not in self.broken:
                 self.broken[clip.file] = clip.reason
                 use = f"sample {clip.number} takes another folder; " if clip.number >= 0 else ""
                 logger.warning("broken clip %s (%s); %s%d of at most %d", clip.file, clip.reason, use, len(self.broken), self.source.max_broken)
-        if len(self.broken) > self.source.max_broken:
-            raise InputError(f"{len(self.broken)} clips are broken: {_named(self.broken)}; {_remedy(self.source)}")
+
+    @property
+    def _or_raise(self) -> str:
+        return f", or raise data.max_broken_clips({self.source.max_broken})"
+
+    def _nothing_read(self) -> InputError:
+        """A sample has max_broken + 1 attempts, each at the next folder: raising max_broken helps while there are more folders than that."""
+        everywhere = self.source.max_broken + 1 >= len(self.source)
+        found = f"{len(self.broken)} clips are broken{', and every folder was tried' if everywhere else ''}: {_named(self.broken)}"
+        return InputError(f"{found}; {REPAIR}{'' if everywhere else self._or_raise}")
 
 
 def _unchanged(batch):
@@ -148,10 +164,6 @@ def _wait_for_parent() -> None:
 
 def _named(broken: dict[str, str]) -> str:
     return few([f"{file} ({reason})" for file, reason in broken.items()])
-
-
-def _remedy(source: Source) -> str:
-    return f"repair or remove them (`longlive data check ROOT --decode` finds all), or raise data.max_broken_clips({source.max_broken})"
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class _Found:
-    """One video in the tree. `stamp`: size and time of it and of its caption (None: it has none)."""
+    """One video in the tree. `stamp`: size and time of it and of its caption (None: there is none, or a link that leads nowhere)."""
 
     sample: str
     video: str
@@ -135,10 +135,16 @@ def _folders(place: Path) -> list[os.DirEntry]:
 
 
 def _files(place: Path) -> dict[str, os.DirEntry]:
+    """The files of a folder, and links that lead nowhere."""
     if not place.is_dir():
         return {}
     with os.scandir(place) as entries:
-        return {e.name: e for e in entries if e.is_file() and not e.name.startswith(".")}
+        return {e.name: e for e in entries if not e.name.startswith(".") and (_leads_nowhere(e) or e.is_file())}
+
+
+def _leads_nowhere(entry: os.DirEntry) -> bool:
+    """Whether this is a link to nothing, or to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _videos(root: Path) -> Iterator[_Found]:
@@ -148,14 +154,18 @@ def _videos(root: Path) -> Iterator[_Found]:
         raise InputError(f'{inside}; a data set is ROOT/video/<sample>/0.mp4 with ROOT/caption/<sample>/0.json holding {{"caption": "..."}}')
     for folder in _folders(root / "video"):
         captions = _files(root / "caption" / folder.name)
-        videos = [Path(name) for name in _files(Path(folder.path)) if is_video(Path(name))]
+        files = _files(Path(folder.path))
+        videos = [Path(name) for name in files if is_video(Path(name))]
         for name in sorted(videos, key=lambda p: (clip_order(p.stem), p.name)):
             video, caption = f"video/{folder.name}/{name}", f"{name.stem}.json"
-            stamp = [*_stamp(os.stat(root / video)), *(_stamp(captions[caption].stat()) if caption in captions else (None, None))]
+            stamp = [*_stamp(files[name.name]), *_stamp(captions.get(caption))]
             yield _Found(folder.name, video, f"caption/{folder.name}/{caption}", stamp)
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
+def _stamp(entry: os.DirEntry | None) -> tuple[int, int] | tuple[None, None]:
+    if entry is None or _leads_nowhere(entry):
+        return None, None
+    status = os.stat(entry.path)
     return status.st_size, status.st_mtime_ns
 
 
@@ -172,8 +182,12 @@ def _entry(root: Path, one: _Found) -> dict:
     entry = {"stamp": one.stamp, "problem": None, "clip": None}
     kind, file = NO_CAPTION, one.video
     try:
+        if one.stamp[0] is None:
+            kind = UNREADABLE
+            raise InputError(f"{one.video} is a link that leads nowhere ({os.readlink(root / one.video)})")
         if one.stamp[2] is None:
-            raise InputError(f"expected {one.caption}")
+            nowhere = f", a link that leads nowhere ({os.readlink(root / one.caption)})" if (root / one.caption).is_symlink() else ""
+            raise InputError(f"expected {one.caption}{nowhere}")
         caption = read_caption(root / one.caption)
         kind = UNREADABLE
         info = probe(root / one.video)

@@ -5,7 +5,8 @@ under hybrid_zero2 the gathered weights besides.
 Bytes a token and block, counted on saved tensors of this network: 82 D + 4.25 ffn in bfloat16, 100 D + 8 ffn in float32; recomputed blocks keep 4 D
 each and one block's share at a time, but for the last `infra.keep_blocks`. A recomputed block that need not attend again (`infra.keep_attention`)
 keeps one activation and 4 bytes a head besides; "auto" lets as many blocks do so as a card holds next to 4/3 of everything else. The VAE's peak is a
-factor times its widest activation. Good to about a third, which is what a plan needs.
+factor times its widest activation. Good to about a third, which is what a plan needs, on a GPU in bfloat16 whose kernels read the whole history in place.
+Keys and values that plain attention joins by copying (a CPU, float32, `training.visibility: window`) are not counted: a CPU may take twice the estimate.
 
 Legend: D model features, ffn features between the two linear layers.
 """

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..core.log import logger
+from ..data.sources import few
 from ..parallel.fsdp import like, reshard
-from .muon import Both
+from .muon import Both, Muon
 
 Optimizers = torch.optim.Optimizer | Both
+ADAMW_STATE, MUON_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"}), frozenset({"momentum_buffer"})
 
 
 def entry(player: str) -> str:
@@ -56,19 +59,36 @@ def optimizer_targets(module: nn.Module, sizes: Mapping[str, tuple[tuple[int, ..
 
 
 def set_optimizer(optimizer: Optimizers, module: nn.Module, tensors: Mapping[str, torch.Tensor], player: str = "generator") -> None:
-    """Gives the optimizer the state `tensors`, named as in `optimizer_tensors`. Rates and decays stay those of the configuration."""
-    names, by_parameter = _names(module), {}
+    """Gives the optimizer the state `tensors`, named as in `optimizer_tensors`. Rates and decays stay those of the configuration.
+
+    State of another optimizer is left out, and one line says of which parameters: theirs starts anew.
+    """
+    names, by_parameter, anew = _names(module), {}, []
     for name, tensor in tensors.items():
         key, parameter = name.removeprefix(entry(player)).split(".", 1)
         by_parameter.setdefault(parameter, {})[key] = tensor
     for part in parts(optimizer):
-        numbered = {i: by_parameter[names[id(p)]] for i, p in enumerate(_parameters(part)) if names[id(p)] in by_parameter}
+        keys, numbered = MUON_STATE if isinstance(part, Muon) else ADAMW_STATE, {}
+        for number, parameter in enumerate(_parameters(part)):
+            state = by_parameter.get(names[id(parameter)], {})
+            if state.keys() >= keys:
+                numbered[number] = {key: state[key] for key in keys}
+            elif state:
+                anew.append(names[id(parameter)])
         part.load_state_dict({"state": numbered, "param_groups": part.state_dict()["param_groups"]})
+    if anew:
+        logger.warning("the checkpoint is of another training.optimizer; the %s's optimizer starts anew for %d parameters: %s", player, len(anew), few(anew))
 
 
 def numbered_state(optimizer: Optimizers, module: nn.Module, state: Mapping) -> dict[str, torch.Tensor]:
-    """State as torch's `state_dict` holds it (by number, or by name as FSDP writes it), under the names of `optimizer_tensors`, laid out as here."""
+    """State as torch's `state_dict` holds it (by number, or by name as FSDP writes it), under the names of `optimizer_tensors`, laid out as here.
+
+    Empty, with a warning, where another optimizer wrote it: its numbers are of other parameters.
+    """
     names, parameters, found = _names(module), dict(module.named_parameters()), {}
+    if isinstance(optimizer, Both) == ("state" in state):
+        logger.warning("the checkpoint is of another training.optimizer; the optimizer starts anew for all parameters")
+        return {}
     for number, part in enumerate(parts(optimizer)):
         entries = state[str(number)]["state"] if isinstance(optimizer, Both) else state["state"]
         for place, parameter in enumerate(_parameters(part)):

@@ -7,6 +7,7 @@ The clock of `training.max_seconds` starts after `Task.warm_up`: compiling and f
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -316,7 +317,8 @@ class Loop:
         seconds = self.state.elapsed - self.metrics.pending[0][3]["seconds"]
         row, settings = self.metrics.flush(), self.settings
         left = self.state.elapsed * (1 / max(settings.progress(self.state), 1e-9) - 1)
-        columns = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("seconds", "ms", "lr", "loss"))
+        told = {k: v for k, v in row.items() if math.isfinite(v) or k.endswith(("loss", "grad_norm"))}  # a quarter of sigma without frames has no error
+        columns = ", ".join(f"{k} {v:.4g}" for k, v in told.items() if k not in ("seconds", "ms", "lr", "loss"))
         loss = f"  loss {row['loss']:.4f}" if "loss" in row else ""  # a player's turn may not have come
         timing = f"lr {row.get('lr', 0.0):.2e}  {1000 * seconds / count:.1f} ms/step  {max(left, 0.0):.0f} s left"
         logger.info("step %d%s  %s  (%s)", self.state.step, loss, timing, columns)

@@ -139,6 +139,17 @@ def test_too_many_broken_clips_end_the_run(broken_root):
         take(BatchLoader(source(broken_root, max_broken=0), LoaderSettings(batch=4, workers=1)), 1)
 
 
+def test_where_every_folder_is_broken_each_clip_counts_once(tmp_path):
+    """More attempts than folders: no further attempt would find another."""
+    root = write_dataset(tmp_path, {"b": [40], "d": [40]})
+    videos = source(root, max_broken=100)
+    for name in "bd":
+        damage(root / "video" / name / "0.mp4")
+    with pytest.raises(InputError, match=r"^2 clips are broken, and every folder was tried: .*; repair or remove them \(.*\)$") as error:
+        next(BatchLoader(videos, LoaderSettings(workers=0)))
+    assert all(str(error.value).count(f"video/{name}/0.mp4 (") == 1 for name in "bd") and "max_broken_clips" not in str(error.value)
+
+
 def test_clips_that_never_opened_count_too(broken_root):
     (broken_root / "video" / "a" / "0.mp4").write_bytes(b"nothing")
     with pytest.raises(InputError, match="1 clips are broken: video/a/0.mp4"):

@@ -62,6 +62,21 @@ def test_everything_that_cannot_be_used_is_named(copy):
     assert [(s.name, len(s.clips)) for s in found.samples] == [("a", 1)]
 
 
+def test_a_link_that_leads_nowhere_is_said_to_be_one(copy):
+    for name, target in (("video/b/0.mp4", "../../clip.mp4"), ("video/a/1.mp4", "1.mp4"), ("caption/a/2.json", "gone.json")):
+        (copy / name).unlink()
+        (copy / name).symlink_to(target)
+    (copy / "caption" / "a" / "1.json").unlink()
+    problems = {p.file: (p.kind, p.reason) for p in index_dataset(copy).problems}
+    assert problems == {
+        "video/a/1.mp4": (UNREADABLE, "video/a/1.mp4 is a link that leads nowhere (1.mp4)"),
+        "video/a/2.mp4": (NO_CAPTION, "expected caption/a/2.json, a link that leads nowhere (gone.json)"),
+        "video/b/0.mp4": (UNREADABLE, "video/b/0.mp4 is a link that leads nowhere (../../clip.mp4)"),
+    }
+    write_clip(copy / "clip.mp4", 7)
+    assert [c.frames for s in index_dataset(copy).samples for c in s.clips if s.name == "b"] == [7]  # in spite of what was kept of it
+
+
 def test_files_are_opened_once(copy, monkeypatch):
     names = opened(monkeypatch)
     first = index_dataset(copy)

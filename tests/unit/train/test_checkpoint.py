@@ -16,6 +16,7 @@ from longlive.train import checkpoint
 from longlive.train.checkpoint import RunState, Writer, changed_keys, folders, join, split
 from longlive.train.players import Player, Role
 from longlive.train.run_files import RunFiles
+from longlive.train.state import optimizer_tensors
 
 CONFIG = {"training": {"lr": 0.1, "betas": [0.9]}}
 
@@ -206,6 +207,29 @@ def test_a_change_of_the_configuration_is_said(tmp_path, caplog):
     run.files.resume()
     assert "has changed since the checkpoint: training.lr" in caplog.text
     assert list(changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}, "d": 3})) == ["a.c", "d"]
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "single file"])
+@pytest.mark.parametrize("before, now", [("adamw", "muon"), ("muon", "adamw")])
+def test_another_optimizer_starts_anew_and_says_so(tmp_path, caplog, before, now, single):
+    """For the matrices of blocks; AdamW's state of the rest stays. Numbers in a single file are those of another layout: there for all."""
+    run = Run(tmp_path, before) if single else saved(tmp_path, optimizer=before)
+    if single:
+        run.step(1)
+        (tmp_path / "checkpoint_model_000001").mkdir()
+        content = {"generator": run.task.module.state_dict(), "generator_optimizer": run.optimizer.state_dict(), "step": 1}
+        torch.save(content, tmp_path / "checkpoint_model_000001" / "model.pt")
+    other = Run(tmp_path, now)
+    other.files.resume()
+    said = [record.getMessage() for record in caplog.records if "another training.optimizer" in record.getMessage()]
+    which = "the optimizer starts anew for all parameters" if single else "starts anew for 2 parameters: blocks.0.weight, blocks.1.weight"
+    assert len(said) == 1 and said[0].endswith(which)
+    loaded, kept = (optimizer_tensors(r.optimizer, r.task.module) for r in (other, run))
+    assert loaded.keys() == (set() if single else {name for name in kept if "blocks" not in name or name.endswith("bias")})
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in loaded.items())
+    other.step(3)
+    fresh = saved(tmp_path / "new", (1,), optimizer=now)
+    assert optimizer_tensors(other.optimizer, other.task.module).keys() == optimizer_tensors(fresh.optimizer, fresh.task.module).keys()
 
 
 def test_trees_of_tensors_and_values_come_apart_and_together():

@@ -3,6 +3,8 @@
 import copy
 import gc
 import json
+import random
+from contextlib import suppress
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from longlive.train.garbage import Garbage
 from longlive.train.muon import muon
 from longlive.train.players import Role
 from longlive.train.optim import adamw, guarded_step
-from longlive.train.state import optimizer_tensors, parts
+from longlive.train.state import optimizer_tensors, parts, untouched
 from longlive.train.trainer import Loop, LoopSettings
 
 RATES = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -151,6 +153,16 @@ def test_a_refused_player_does_not_cost_the_other_its_average(tmp_path):
     assert not all(torch.equal(a, b) for a, b in zip(sound.other.parameters(), refused.other.parameters()))
 
 
+def test_a_report_leaves_out_what_was_not_measured_and_never_a_loss(tmp_path, caplog):
+    task = Task({0})
+    loss = task.loss
+    task.loss = lambda batch: (loss(batch)[0], {"loss_0": torch.tensor(float("nan")), "loss_1": torch.tensor(0.5)})
+    with caplog.at_level("INFO"):
+        loop(tmp_path, task, max_steps=1).fit()
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step 1  ")]
+    assert "loss_0" not in line and "loss_1 0.5" in line and "loss nan" in line and "grad_norm nan" in line
+
+
 def test_the_host_reads_a_steps_flag_when_the_next_one_is_on_its_way(tmp_path, monkeypatch):
     task = Task()
 
@@ -173,6 +185,29 @@ def test_too_many_in_a_row_end_the_run_before_the_next_step_counts(tmp_path, mon
     honest = Task()
     loop(tmp_path / "two", honest, max_steps=2).fit()
     assert all(torch.equal(p, q) for p, q in zip(task.module.parameters(), honest.module.parameters()))
+
+
+@pytest.mark.parametrize("ends", ["well", "with an error"])
+def test_what_runs_untouched_changes_neither_random_numbers_nor_modes(ends):
+    module, benchmark = network(), torch.backends.cudnn.benchmark
+    module.blocks[1].eval()
+
+    def drawn():
+        return torch.rand(3).tolist(), random.random()
+
+    def modes():
+        return [part.training for part in module.modules()]
+
+    state, before = (torch.get_rng_state(), random.getstate()), modes()
+    expected = drawn()
+    torch.set_rng_state(state[0]), random.setstate(state[1])
+    with suppress(ZeroDivisionError), untouched(module, torch.device("cpu")):
+        assert drawn() == expected and not torch.is_grad_enabled()
+        module.eval()
+        torch.backends.cudnn.benchmark = not benchmark
+        assert ends == "well" or 1 / 0
+    assert drawn() == expected and modes() == before and len(set(before)) == 2
+    assert torch.is_grad_enabled() and torch.backends.cudnn.benchmark == benchmark
 
 
 def test_garbage_is_collected_every_so_many_steps_and_as_usual_afterwards(tmp_path, monkeypatch):
