@@ -5,8 +5,8 @@ under hybrid_zero2 the gathered weights besides.
 Bytes a token and block, counted on saved tensors of this network: 82 D + 4.25 ffn in bfloat16, 100 D + 8 ffn in float32; recomputed blocks keep 4 D
 each and one block's share at a time, but for the last `infra.keep_blocks`. A recomputed block that need not attend again (`infra.keep_attention`)
 keeps one activation and 4 bytes a head besides; "auto" lets as many blocks do so as a card holds next to 4/3 of everything else. The VAE's peak is a
-factor times its widest activation. Good to about a third, which is what a plan needs, on a GPU in bfloat16 whose kernels read the whole history in place.
-Keys and values that plain attention joins by copying (a CPU, float32, `training.visibility: window`) are not counted: a CPU may take twice the estimate.
+factor times its widest activation. Good to about a third, which is what a plan needs, but not for `training.visibility: window`: what its chunks copy of
+the keys and values that they read is not counted.
 
 Legend: D model features, ffn features between the two linear layers.
 """
@@ -33,7 +33,7 @@ GIB = 2**30
 class TrainingMemory:
     """Bytes in each process: `states` of the trained network, `frozen` networks, `activations` of a step, `encode` of the VAE (not at the same time).
 
-    `kept` recomputed blocks do not attend again; what each read takes `read` bytes.
+    `kept` recomputed blocks do not attend again; what each read takes `read` bytes. `window`: chunks read copies of keys and values, not counted.
     """
 
     states: float
@@ -42,6 +42,7 @@ class TrainingMemory:
     encode: float
     read: float = 0.0
     kept: int = 0
+    window: bool = False
 
     @property
     def peak(self) -> float:
@@ -51,7 +52,8 @@ class TrainingMemory:
         rows = (("weights, gradients, optimizer, EMA", self.states), ("VAE and text encoder", self.frozen))
         rows += (("activations of a step", self.activations), (f"kept attention of {self.kept} blocks", self.kept * self.read))
         rows += (("or encoding a piece of video", self.encode), ("peak", self.peak))
-        return [f"{name:36s}{size / GIB:9.2f} GiB" for name, size in rows]
+        more = ["not counted: the keys and values that visibility: window copies; a step may take up to twice as much"] if self.window else []
+        return [*(f"{name:36s}{size / GIB:9.2f} GiB" for name, size in rows), *more]
 
 
 def sharing_ranks(strategy: str, world: int) -> int:
@@ -83,7 +85,8 @@ def training_memory(
     frozen = (vae_parameters(vae) * item if vae is not None else 0) + (UMT5_PARAMETERS * item if umt5 else 0)
     wide = 4 * PIECE * (geometry.height // 2) * (geometry.width // 2)
     encode = VAE_ACTIVATIONS * wide * vae.encoder_base * item if vae is not None else 0
-    memory = TrainingMemory(states, frozen, activations, encode, tokens * (item * dims.dim + 4 * dims.heads))
+    read = tokens * (item * dims.dim + 4 * dims.heads)
+    memory = TrainingMemory(states, frozen, activations, encode, read, window=t.visibility == "window")
     return memory if card is None or not infra.gradient_checkpointing else replace(memory, kept=_kept(infra.keep_attention, memory, recomputed, card))
 
 

@@ -36,8 +36,7 @@ class Rehearsal:
         losses = ", ".join(f"{name} {value:.4f}" for name, value in self.row.items() if name in ("loss", "grad_norm"))
         measured = f"{losses}; {self.row['ms'] / 1000:.2f} s; {self.used_bytes / GIB:.2f} GiB used at most"
         estimate = [f"  {line}" for line in self.memory.lines()]
-        title = "memory of each process, estimated for a GPU with its attention kernels (docs/training.md says how; a CPU may take twice as much):"
-        return [*head, title, *estimate, f"one step    {measured}"]
+        return [*head, "memory of each process, estimated (docs/training.md says how):", *estimate, f"one step    {measured}"]
 
 
 def rehearse(config: Config, task_class: Callable) -> Rehearsal:

@@ -62,6 +62,13 @@ def test_what_is_kept_is_counted_and_auto_leaves_room():
     assert any(line.startswith("kept attention of 1 blocks") for line in one.lines())
 
 
+@pytest.mark.parametrize("seen", ["all", "window"])
+def test_what_a_window_copies_is_said_not_to_be_counted(seen):
+    config = load_config(training("data", "vae"), [f"training.visibility={seen}"])
+    estimate = training_memory(config, DIT, 10**6, None, umt5=False, frames=16, world=1, mixed=True)
+    assert any("not counted: the keys and values that visibility: window copies" in line for line in estimate.lines()) == (seen == "window")
+
+
 @pytest.mark.parametrize("value", ["-1", "all", "1.5"])
 def test_other_values_are_refused(value):
     with pytest.raises(ConfigError, match="keep_attention"):
