@@ -183,7 +183,7 @@ def _entry(root: Path, one: _Found) -> dict:
     kind, file = NO_CAPTION, one.video
     try:
         if one.stamp[0] is None:
-            kind = UNREADABLE
+            kind = NO_VIDEO
             raise InputError(f"{one.video} is a link that leads nowhere ({os.readlink(root / one.video)})")
         if one.stamp[2] is None:
             nowhere = f", a link that leads nowhere ({os.readlink(root / one.caption)})" if (root / one.caption).is_symlink() else ""

@@ -97,6 +97,10 @@ def _with_alpha(adapter: Adapter, alpha: float | None, place: Path, *, silent: b
         if alpha not in (None, adapter.alpha):
             raise InputError(f"--alpha {alpha:g} but {place} states its own{f', {adapter.alpha:g}' if adapter.alpha else ''}; leave --alpha out")
         return adapter
+    if adapter.rank is None:  # one alpha would scale each layer by another factor; without one they have scale 1, as they generate
+        if alpha is not None:
+            raise InputError(f"--alpha {alpha:g} but the layers of {place} differ in rank and state none, so that they have scale 1; leave --alpha out")
+        return adapter
     if alpha is not None:
         return adapter.with_alpha(alpha)
     if not silent:

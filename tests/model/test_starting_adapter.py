@@ -64,3 +64,15 @@ def test_layers_that_differ_are_refused_with_a_remedy_that_helps(tmp_path, other
     assert run(app, ["export", path, str(tmp_path / "even.pt"), "--rank", str(rank), "--dtype", "fp32"]) == 0
     found = started(tmp_path, str(tmp_path / "even.pt"))
     assert found.rank == found.alpha == rank
+
+
+def test_layers_of_several_ranks_without_alpha_are_cut_at_the_scale_that_they_generate_with(tmp_path, capsys):
+    layers = WIDE.layers | NARROW.layers
+    tensors = {f"{name}.lora_{side}.weight": t for name, layer in layers.items() for side, t in (("A", layer.a_RI), ("B", layer.b_OR))}
+    path, out = tmp_path / "silent.pt", tmp_path / "even.pt"
+    torch.save(tensors, path)
+    assert run(app, ["export", str(path), str(out), "--rank", "2", "--alpha", "2", "--dtype", "fp32"]) == 2
+    assert "differ in rank and state none" in " ".join(capsys.readouterr().err.split())
+    assert run(app, ["export", str(path), str(out), "--rank", "2", "--dtype", "fp32"]) == 0
+    for name, layer in started(tmp_path, str(out)).layers.items():
+        torch.testing.assert_close(layer.scale * layer.b_OR @ layer.a_RI, (t := replace(layers[name], alpha=None).truncated(2)).b_OR @ t.a_RI)

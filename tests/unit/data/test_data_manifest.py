@@ -69,9 +69,9 @@ def test_a_link_that_leads_nowhere_is_said_to_be_one(copy):
     (copy / "caption" / "a" / "1.json").unlink()
     problems = {p.file: (p.kind, p.reason) for p in index_dataset(copy).problems}
     assert problems == {
-        "video/a/1.mp4": (UNREADABLE, "video/a/1.mp4 is a link that leads nowhere (1.mp4)"),
+        "video/a/1.mp4": (NO_VIDEO, "video/a/1.mp4 is a link that leads nowhere (1.mp4)"),
         "video/a/2.mp4": (NO_CAPTION, "expected caption/a/2.json, a link that leads nowhere (gone.json)"),
-        "video/b/0.mp4": (UNREADABLE, "video/b/0.mp4 is a link that leads nowhere (../../clip.mp4)"),
+        "video/b/0.mp4": (NO_VIDEO, "video/b/0.mp4 is a link that leads nowhere (../../clip.mp4)"),
     }
     write_clip(copy / "clip.mp4", 7)
     assert [c.frames for s in index_dataset(copy).samples for c in s.clips if s.name == "b"] == [7]  # in spite of what was kept of it
