@@ -9,13 +9,13 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .hopper_tiles import (
     CONSUMER_REGISTERS,
     PART,
     PRODUCER_REGISTERS,
     barriers,
+    fetched,
     halves,
     lines_layout,
     multiplied,
@@ -37,7 +37,6 @@ def corner(tile, T, PH, PW, outputs, ROWS: gl.constexpr, BN: gl.constexpr):
 @gluon.jit
 def fetch(x_rows, w_rows, one, two, weights, full, free, tiles, T, PH, PW, outputs, C: gl.constexpr):
     """Every step of every tile of this program: a block of channels of one tap."""
-    STAGES: gl.constexpr = weights.shape[0]
     M: gl.constexpr = x_rows.block_shape[0]
     BK: gl.constexpr = x_rows.block_shape[1]
     BN: gl.constexpr = w_rows.block_shape[0]
@@ -48,12 +47,8 @@ def fetch(x_rows, w_rows, one, two, weights, full, free, tiles, T, PH, PW, outpu
         for tap in range(27):
             row = first + (tap // 9 * PH + tap // 3 % 3) * PW + tap % 3
             for c in range(0, C, BK):
-                slot = step % STAGES
-                mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
-                mbarrier.expect(full.index(slot), (2 * M + BN) * BK)
-                tma.async_copy_global_to_shared(x_rows, [row, c], full.index(slot), one.index(slot))
-                tma.async_copy_global_to_shared(x_rows, [row + M, c], full.index(slot), two.index(slot))
-                tma.async_copy_global_to_shared(w_rows, [tap * outputs + n, c], full.index(slot), weights.index(slot))
+                w_at = [tap * outputs + n, c]
+                fetched(step, (2 * M + BN) * BK, x_rows, [row, c], [row + M, c], w_rows, w_at, one, two, weights, full, free)
                 step += 1
 
 

@@ -9,13 +9,13 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .hopper_tiles import (
     CONSUMER_REGISTERS,
     PART,
     PRODUCER_REGISTERS,
     barriers,
+    fetched,
     halves,
     lines_layout,
     multiplied,
@@ -24,6 +24,7 @@ from .hopper_tiles import (
     tile_sizes,
     tiled,
 )
+from .triton_doubling import places
 
 
 @gluon.jit
@@ -37,7 +38,7 @@ def corner(tile, H, W, ROWS: gl.constexpr, BN: gl.constexpr, OUT: gl.constexpr):
 @gluon.jit
 def fetch(x_tiles, w_rows, one, two, weights, full, free, tiles, H, W, C: gl.constexpr, OUT: gl.constexpr):
     """Every step of every tile of this program: a block of channels of one tap, those that look over the edge first."""
-    STAGES: gl.constexpr = weights.shape[0]
+    BITS: gl.constexpr = x_tiles.dtype.primitive_bitwidth
     M: gl.constexpr = x_tiles.block_shape[1]
     BK: gl.constexpr = x_tiles.block_shape[2]
     BN: gl.constexpr = w_rows.block_shape[0]
@@ -50,12 +51,8 @@ def fetch(x_tiles, w_rows, one, two, weights, full, free, tiles, H, W, C: gl.con
             side = 1 - k + over * (2 * k - 1)
             row = p + (i + j - 1) * W + over * (2 * k - 1)
             for c in range(0, C, BK):
-                slot = step % STAGES
-                mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
-                mbarrier.expect(full.index(slot), (2 * M + BN) * BK * x_tiles.dtype.primitive_bitwidth // 8)
-                tma.async_copy_global_to_shared(x_tiles, [f, row, c], full.index(slot), one.index(slot))
-                tma.async_copy_global_to_shared(x_tiles, [f, row + M, c], full.index(slot), two.index(slot))
-                tma.async_copy_global_to_shared(w_rows, [(8 * i + 4 * side + phase) * OUT + n, c], full.index(slot), weights.index(slot))
+                w_at = [(8 * i + 4 * side + phase) * OUT + n, c]
+                fetched(step, (2 * M + BN) * BK * BITS // 8, x_tiles, [f, row, c], [f, row + M, c], w_rows, w_at, one, two, weights, full, free)
                 step += 1
 
 
@@ -157,13 +154,10 @@ def doubled(
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`triton_doubling.doubled`: [N, 2H, 2W, O] in bias's dtype."""
-    x = x_NHWC.contiguous()
+    x, outputs = x_NHWC.contiguous(), len(rows) // 16
     N, H, W, C = x.shape
-    outputs = len(rows) // 16
     M, columns, block, stages = tile_sizes(C, outputs, x.element_size())
-    out = torch.empty(N, 2 * H, 2 * W, outputs, dtype=bias.dtype, device=x.device)
-    other, frames, time, lost = (out, N, 1, 0) if beside is None else beside
-    other = other.contiguous()
+    out, (other, frames, time, lost) = places(x, outputs, bias.dtype, beside)
     x_scales, w_scales = (bias, bias) if scales is None else scales
     tiles = N * triton.cdiv(H * W, 2 * M) * 4 * (outputs // columns)
     fused_doubling_convolution_hopper[(min(tiles, multiprocessors(x.device)),)](

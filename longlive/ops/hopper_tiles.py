@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 SHARED, STEP_BYTES = 192 * 1024, 128  # of all steps in flight, of a row in a step
@@ -55,6 +55,17 @@ def barriers(STAGES: gl.constexpr):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     return full, free
+
+
+@gluon.jit
+def fetched(step, bytes: gl.constexpr, x, one_at, two_at, w, w_at, one, two, weights, full, free):
+    """Begins step number `step`, of so many bytes, as soon as its place is free: both groups' rows of x and the rows of w, from these coordinates."""
+    slot = step % weights.shape[0]
+    mbarrier.wait(free.index(slot), ((step // weights.shape[0]) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), bytes)
+    tma.async_copy_global_to_shared(x, one_at, full.index(slot), one.index(slot))
+    tma.async_copy_global_to_shared(x, two_at, full.index(slot), two.index(slot))
+    tma.async_copy_global_to_shared(w, w_at, full.index(slot), weights.index(slot))
 
 
 @gluon.jit

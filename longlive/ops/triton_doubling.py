@@ -111,6 +111,15 @@ def quantise_frames(x_NHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
+def places(x_NHWC: torch.Tensor, outputs: int, dtype: torch.dtype, beside: tuple[torch.Tensor, int, int, int] | None) -> tuple[torch.Tensor, tuple]:
+    """Where the result goes, and what is added to it: `beside`, or the result's own place where nothing is."""
+    N, H, W, _ = x_NHWC.shape
+    out = torch.empty(N, 2 * H, 2 * W, outputs, dtype=dtype, device=x_NHWC.device)
+    if beside is None:
+        return out, (out, N, 1, 0)
+    return out, (beside[0].contiguous(), *beside[1:])
+
+
 def doubled(
     x_NHWC: torch.Tensor,
     rows: torch.Tensor,
@@ -122,12 +131,9 @@ def doubled(
 
     `scales`: of the frames [N] and of the rows of one tap [4 O], where x and rows are codes.
     """
-    x = x_NHWC.contiguous()
+    x, outputs = x_NHWC.contiguous(), len(rows) // 16
     N, H, W, C = x.shape
-    outputs = len(rows) // 16
-    out = torch.empty(N, 2 * H, 2 * W, outputs, dtype=bias.dtype, device=x.device)
-    other, frames, time, lost = (out, N, 1, 0) if beside is None else beside
-    other = other.contiguous()
+    out, (other, frames, time, lost) = places(x, outputs, bias.dtype, beside)
     bm, bn, bk = 128, 128 if outputs % 128 == 0 else 64, 128 // x.element_size()
     bk = bk if C % bk == 0 else 64
     x_scales, w_scales = (bias, bias) if scales is None else scales
