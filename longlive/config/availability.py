@@ -49,7 +49,7 @@ def _train(c: Config):
         yield used, f"NVFP4 of a network that trainer {kind} does not have (infra.{name}_quant: true)", f"set infra.{name}_quant: null"
     for section, keys in DISTILLATION_ONLY.items() if kind != "score_distillation" else ():
         for name, plain in keys.items():
-            value = c.model_dump()[section][name]
+            value = getattr(getattr(c, section), name)
             yield value not in (plain, None), f"distillation ({section}.{name}: {value}) of trainer {kind}", "remove it"
     low = (c.infra.model_quant or c.fp8_quant) and kind in ("vae", "judge")
     yield low, f"low precision (model_quant, fp8_quant) of trainer {kind}", "set both to false"
